@@ -1,0 +1,185 @@
+"""Table 2 of the paper: the turns of a conversation -> token ids and the green mask.
+
+The text is Vicuna-v0's, the wire format that LLaVA was first trained with:
+
+    <s>{system}
+
+    ### Human: {x1}
+    ### Assistant: {a1}
+    ### Human: {x2}
+    ### Assistant: {a2}
+    ###
+
+Green is what the model learns to say: each answer and the <STOP> (`\\n###`) after it. Nothing is counted to find
+it: SentencePiece reports which characters each piece covers, and a piece is green if it covers a green character.
+
+    python conversation.py                                   # a sample of the demo, green in green
+    python conversation.py --data chat.json --index 7        # any sample of any data set that train.py reads
+"""
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+TEMPLATE = "vicuna_v0"  # recorded with every run, so that nothing is ever asked in another template
+SYSTEM = (  # a protocol literal: Vicuna-v0's weights expect exactly these words
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+STOP = "###"
+IMAGE = "<image>"  # where the data sets put the picture, in the first human message on a line of its own
+IMAGE_ID = -1  # stands in `ids` at each patch position: no new vocabulary, no clash with any tokenizer
+
+
+class UserError(Exception):
+    """What came, what was expected, and the remedy, in one line; `main()` prints it without a traceback."""
+
+
+def load_tokenizer(path) -> sentencepiece.SentencePieceProcessor:
+    """Reads a SentencePiece `tokenizer.model`. Raises UserError if it is missing or is something else."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; a LLaMA folder needs its SentencePiece `tokenizer.model`")
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{path}: not a SentencePiece model ({str(error).splitlines()[0][:100]})") from None
+
+
+def plain(message: str) -> str:
+    """A message as text that cannot act as the template's own marks.
+
+    `###` would end a turn or forge one, so a run of three or more is spaced out: `###` -> `# # #`. `<s>` and `</s>`
+    need nothing: to SentencePiece control symbols are not spelled by any text. `<image>` needs nothing either: the
+    picture is placed by `render` and never looked for in text, so anywhere else the seven letters stay letters.
+    """
+    return re.sub(r"#{3,}", lambda run: " ".join(run[0]), message)
+
+
+def render(turns: list[str], picture: bool = False, system: str = SYSTEM) -> list[tuple[str, list[tuple[int, int]]]]:
+    """Writes a conversation in the template.
+
+    turns: human, assistant, human, ...; ending with a human's, it becomes a prompt that stops after `### Assistant:`.
+    picture: the first human message starts or ends with `<image>` on a line of its own (Eq. 2's random order).
+
+    Returns segments (text, green character spans): one, or with a picture two, between which it stands.
+
+    >>> render(["<image>\\nWhat?", "A cat."], picture=True, system="S")
+    [('S\\n\\n### Human: ', []), ('\\nWhat?\\n### Assistant: A cat.\\n###', [(21, 32)])]
+    """
+    segments, text, spans = [], f"{system}\n\n{STOP}", []
+    for i, message in enumerate(turns):
+        if i % 2 == 0:
+            text += " Human: "
+            if i == 0 and picture:
+                before, message = split_at_picture(message)
+                segments, text = [(text + plain(before), [])], ""
+            text += plain(message) + "\n" + STOP
+        else:
+            text += " Assistant:"
+            # The space is green with the answer: SentencePiece spells it as the start of the answer's first word
+            # (`▁Yes`) or, before a word it has no such piece for, as a piece of its own. Both must be generated.
+            start = len(text)
+            text += " " + plain(message) + "\n" + STOP
+            spans.append((start, len(text)))
+    if len(turns) % 2 == 1:
+        text += " Assistant:"
+    return segments + [(text, spans)]
+
+
+def split_at_picture(message: str) -> tuple[str, str]:
+    """The text before and after `<image>`, which is the message's first or last line; ValueError if neither."""
+    if message == IMAGE or message.startswith(IMAGE + "\n"):
+        return "", message[len(IMAGE) :]
+    if message.endswith("\n" + IMAGE):
+        return message[: -len(IMAGE)], ""
+    raise ValueError(f"it has a picture, so its first human message must start or end with a line {IMAGE}")
+
+
+def tokenize(sp, turns: list[str], n_patches: int = 0, system: str = SYSTEM) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and green mask of a conversation, final before any model sees them.
+
+    sp: SentencePieceProcessor (0.2.2 or later, for its offsets).
+    n_patches: positions that the picture takes; 0 = the conversation has no picture.
+
+    Each text between pictures is tokenised as one string, so no piece is split where messages meet.
+    Returns ids (T,) int64, IMAGE_ID at the patches, and green (T,) bool. The first id is BOS, never green.
+    """
+    ids, green = [sp.bos_id()], [False]
+    for i, (text, spans) in enumerate(render(turns, n_patches > 0, system)):
+        if i > 0:
+            ids += [IMAGE_ID] * n_patches
+            green += [False] * n_patches
+        pieces = sp.encode(text, return_type="offset_mapping")
+        ids += pieces["ids"]
+        for begin, end in pieces["offsets"]:
+            # A character spelled in bytes has its width at the last byte only; the others still stand on it.
+            end = max(end, begin + 1)
+            green.append(any(begin < stop and end > start for start, stop in spans))
+    return np.array(ids, dtype=np.int64), np.array(green, dtype=bool)
+
+
+def stop_ids(sp) -> list[int]:
+    """The ids of <STOP> as an answer ends with it: those of `###` at the start of a line."""
+    line = sp.encode("\n" + STOP, return_type="offset_mapping")
+    return [id for id, (begin, _) in zip(line["ids"], line["offsets"]) if begin >= 1]
+
+
+def system_ids(sp, system: str = SYSTEM) -> list[int]:
+    """The ids that every conversation starts with: `<s>{system}\\n\\n### Human:` (what follows opens with a space)."""
+    return [sp.bos_id()] + sp.encode(f"{system}\n\n{STOP} Human:")
+
+
+def surface(sp, ids) -> str:
+    """The exact characters that ids stand for (sp.decode drops a leading space); patches are left out."""
+    spelled = b""
+    for id in map(int, ids):
+        if id == IMAGE_ID or sp.is_control(id):
+            continue
+        piece = sp.id_to_piece(id)
+        spelled += bytes([int(piece[3:5], 16)]) if sp.is_byte(id) else piece.replace("\u2581", " ").encode()
+    return spelled.decode("utf-8", errors="replace")
+
+
+def show(sp, ids: np.ndarray, green: np.ndarray, colour: bool = True) -> str:
+    """A sample as Table 2, read back from its ids: green in green (without colour, in ⟦brackets⟧)."""
+    kinds = np.where(ids == IMAGE_ID, 2, green)  # 0 read, 1 green, 2 picture
+    starts = np.flatnonzero(np.diff(kinds, prepend=-1))
+    text = "<s>"
+    for start, stop in zip(starts, [*starts[1:], len(ids)]):
+        if kinds[start] == 2:
+            mark = f"[picture: {stop - start} patches]"
+            text += f"\033[7m{mark}\033[0m" if colour else mark
+        elif kinds[start] == 1:
+            words = surface(sp, ids[start:stop])
+            text += f"\033[1;32m{words}\033[0m" if colour else f"⟦{words}⟧"
+        else:
+            text += surface(sp, ids[start:stop])
+    patches = int((kinds == 2).sum())
+    return f"{text}\n\n{len(ids)} positions: {patches} patches, {len(ids) - patches} text, {int(green.sum())} green"
+
+
+def main():
+    import data  # imports this file
+
+    parser = argparse.ArgumentParser(description="Print a sample as Table 2 of the paper, what the model learns in green.")
+    data.add_data_arguments(parser)
+    parser.add_argument("--index", type=int, default=0, help="which sample, from 0 (default 0)")
+    arguments = parser.parse_args()
+    sp, examples, n_patches = data.open_for_display(arguments)
+    if not 0 <= arguments.index < len(examples):
+        raise UserError(f"--index {arguments.index}: the data has samples 0 to {len(examples) - 1}")
+    example = examples[arguments.index]
+    ids, green = tokenize(sp, example.turns, n_patches if example.image else 0)
+    print(f"sample {example.id}" + (f", picture {example.image}" if example.image else ", no picture") + "\n")
+    print(show(sp, ids, green, colour="NO_COLOR" not in os.environ))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}")
