@@ -1,0 +1,471 @@
+"""Published data sets -> examples -> one flat batch, in an order that is seeded and can be entered anywhere.
+
+What `--data` may name is recognised by its content:
+
+    LLaVA JSON      [{"id", "image"?, "conversations": [{"from": "human"|"gpt", "value"}, ...]}, ...]
+                    chat.json of CC3M-595K, llava_instruct_150k.json, conversation_58k.json, ...
+    captions        [{"image", "caption"}, ...] as a JSON list or one object a line; expanded naively on the fly
+    a ScienceQA     folder with problems.json, pid_splits.json and images/{split}/{id}/image.png
+
+A file is read once, to check every record and to note where it lies; afterwards a record is parsed when its turn
+comes. So 595K samples are an array of offsets, shared by all worker processes, and not millions of Python objects.
+"""
+
+import functools
+import json
+import mmap
+import random
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+
+from conversation import IMAGE, UserError, load_tokenizer, split_at_picture, stop_ids, surface, tokenize
+from vision import open_picture, preprocess
+
+REQUESTS = (  # the naive expansion of a caption asks one of these at random
+    "Say in a few words what this picture shows.",
+    "Give a short caption for this picture.",
+    "What is in this picture, briefly?",
+    "Sum up this picture in one sentence.",
+    "Write a brief description of the picture.",
+    "Briefly, what can be seen here?",
+    "Describe this picture in short.",
+    "Name what the picture shows, without detail.",
+)
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SCIENCEQA_PROMPT = "QCM-LEA"  # question, context, options -> lecture, explanation, answer; recorded with the run
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation: turns human, assistant, human, ...; with a picture, `<image>` stands in the first."""
+
+    id: str
+    turns: list[str]
+    image: str | None = None  # where the picture is, below --images
+
+
+# --- records -> examples. Each raises ValueError that says what is wrong with the record.
+
+
+def from_llava(record: dict, dice: random.Random) -> Example:
+    """{"id": 7, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]}
+    -> Example("7", ["Hi", "Yes?"])"""
+    messages = record.get("conversations")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("it has no conversations")
+    turns = []
+    for message, role in zip(messages, ("human", "gpt") * len(messages)):
+        if not isinstance(message, dict) or not isinstance(message.get("value"), str):
+            raise ValueError(f'message {len(turns)} is not {{"from": "{role}", "value": text}}')
+        if message.get("from") != role:
+            raise ValueError(f'message {len(turns)} is from {message.get("from")!r}; the roles must alternate human, gpt')
+        turns.append(message["value"])
+    if len(turns) % 2 == 1:
+        raise ValueError("its last message is the human's: no answer to learn")
+    image = record.get("image")
+    if image is not None:
+        check_inside(image)
+        split_at_picture(turns[0])
+    return Example(str(record.get("id", "")), turns, image)
+
+
+def from_caption(record: dict, dice: random.Random) -> Example:
+    """{"image": "a.jpg", "caption": "A cat."} -> Example("a.jpg", ["<image>\\nDescribe ...", "A cat."], "a.jpg"),
+    the request and the picture's place before or after it drawn with `dice` (Eq. 2)."""
+    image, caption = record.get("image"), record.get("caption")
+    if not isinstance(image, str) or not isinstance(caption, str) or not caption.strip():
+        raise ValueError('it is not {"image": path, "caption": text}')
+    check_inside(image)
+    request = dice.choice(REQUESTS)
+    human = f"{IMAGE}\n{request}" if dice.random() < 0.5 else f"{request}\n{IMAGE}"
+    return Example(str(record.get("id", image)), [human, caption.strip()], image)
+
+
+def from_scienceqa(record: dict, dice: random.Random) -> Example:
+    """A problem in the form QCM-LEA -> Example(id, ["{question}\\nContext: ...\\nOptions: (A) ...", "... The answer is B."])"""
+    letter = LETTERS[record["answer"]]
+    lecture, solution = (record[key].replace("\n", "\\n") for key in ("lecture", "solution"))
+    answer = f"{lecture} {solution} The answer is {letter}.".replace("  ", " ").strip()
+    return Example(record["id"], [scienceqa_question(record), answer], record["image_path"])
+
+
+def scienceqa_question(record: dict) -> str:
+    """X_instruct of a problem: question, context and options, and the picture after them."""
+    options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, record["choices"]))
+    text = f"{record['question']}\nContext: {record['hint'] or 'N/A'}\nOptions: {options}".replace("  ", " ").strip()
+    return text + (f"\n{IMAGE}" if record["image_path"] else "")
+
+
+def check_inside(name):
+    """A picture's path is data from outside: it must not lead out of its folder."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"its image {name!r} is not a path")
+    if "\\" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise ValueError(f"its image {name!r} leads out of the picture folder")
+
+
+# --- files of records
+
+
+class Records:
+    """The records of one JSON list or JSON-lines file, by their offsets. records[i] -> dict."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            raw = path.read_bytes()
+            raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text (byte {error.start}); expected JSON") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        # Latin-1 makes one character of each byte, so that the decoder's positions are offsets into the file.
+        text = raw.decode("latin-1")
+        del raw
+        skip = json.decoder.WHITESPACE.match  # (text, position) -> the whitespace there
+        at = skip(text, 3 if text.startswith("\xef\xbb\xbf") else 0).end()
+        as_list = text[at : at + 1] == "["
+        decoder, dice, spans, self.kind = json.JSONDecoder(), random.Random(0), [], None
+        if as_list:
+            at = skip(text, at + 1).end()
+        try:
+            while at < len(text) and not (as_list and text[at] == "]"):
+                record = None
+                record, end = decoder.raw_decode(text, at)
+                if not isinstance(record, dict):
+                    raise ValueError("it is not a JSON object")
+                self.kind = self.kind or recognise(record)
+                KINDS[self.kind](record, dice)
+                spans.append((at, end))
+                at = skip(text, end).end()
+                if as_list and text[at : at + 1] not in (",", "]"):
+                    raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+                if as_list and text[at] == ",":
+                    at = skip(text, at + 1).end()
+            if as_list and at >= len(text):
+                raise json.JSONDecodeError("The list is not closed", text, at)
+            if as_list and skip(text, at + 1).end() < len(text):
+                raise json.JSONDecodeError("Extra data", text, skip(text, at + 1).end())
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}: bad JSON in line {error.lineno}, column {error.colno}: {error.msg}; expected a list of "
+                "samples, or one sample a line"
+            ) from None
+        except (ValueError, RecursionError) as error:
+            name = record.get("id", record.get("image", "")) if isinstance(record, dict) else ""
+            raise UserError(f"{path}: sample {len(spans)}{f' (id {name})' if name else ''}: {error}") from None
+        if not spans:
+            raise UserError(f"{path}: holds no samples")
+        self.spans = np.array(spans, dtype=np.int64)  # (n, 2) bytes from, to
+        self.bytes = None
+
+    def __len__(self):
+        return len(self.spans)
+
+    def __getitem__(self, i) -> dict:
+        if self.bytes is None:  # opened where it is used: a map does not travel to a worker process
+            with open(self.path, "rb") as file:
+                self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        start, end = self.spans[i]
+        return json.loads(self.bytes[start:end])
+
+    def __getstate__(self):
+        return {**self.__dict__, "bytes": None}
+
+
+def recognise(record: dict) -> str:
+    if "conversations" in record:
+        return "LLaVA conversations"
+    if "caption" in record:
+        return "captions"
+    raise ValueError(
+        f"its keys are {', '.join(map(repr, list(record)[:8])) or 'none'}; expected `conversations` (LLaVA JSON) or "
+        "`image` and `caption`; for ScienceQA give the folder"
+    )
+
+
+class ScienceQA:
+    """The problems of one split, in the order of pid_splits.json; records[i] is problems.json's entry with `id` and
+    `image_path` (below the folder; None without a picture) added."""
+
+    kind = f"ScienceQA, {SCIENCEQA_PROMPT}"
+
+    def __init__(self, folder: Path, split: str = "train", missing_pictures_as_text: bool = False):
+        problems, splits = (read_json_object(folder / name) for name in ("problems.json", "pid_splits.json"))
+        if not isinstance(splits.get(split), list):
+            raise UserError(f"{folder / 'pid_splits.json'}: has no split {split!r}; it has {', '.join(splits)}")
+        self.records, missing = [], []
+        for id in splits[split]:
+            if id not in problems:
+                raise UserError(f"{folder}: split {split} names problem {id!r}, which problems.json does not hold")
+            record = check_problem(id, problems[id], folder / "problems.json")
+            if record["image"]:
+                path = f"images/{record['split']}/{id}/{record['image']}"
+                try:
+                    check_inside(path)
+                except ValueError as error:
+                    raise UserError(f"{folder / 'problems.json'}: problem {id}: {error}") from None
+                if (folder / path).is_file():
+                    record["image_path"] = path
+                else:
+                    missing.append(id)
+            self.records.append(record)
+        if not self.records:
+            raise UserError(f"{folder}: split {split} is empty")
+        if missing and not missing_pictures_as_text:
+            raise UserError(
+                f"{folder}: the pictures of {len(missing)} of {len(self.records)} problems are absent (the first is "
+                f"{missing[0]}: images/{problems[missing[0]]['split']}/{missing[0]}/); unpack ScienceQA's pictures "
+                "there, or give --missing-pictures-as-text to ask those problems without one"
+            )
+        self.missing = missing
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, i) -> dict:
+        return self.records[i]
+
+
+def check_problem(id: str, record: dict, path: Path) -> dict:
+    """A problem of problems.json with its `id` and an empty `image_path`; absent texts become empty ones."""
+
+    def refuse(reason):
+        raise UserError(f"{path}: problem {id}: {reason}")
+
+    if not isinstance(record, dict):
+        refuse("expected a JSON object")
+    record = {**record, "id": id, "image_path": None}
+    for key, kind in dict(question=str, choices=list, answer=int, split=str).items():
+        if not isinstance(record.get(key), kind):
+            refuse(f"`{key}` is {record.get(key)!r}; expected {kind.__name__}")
+    for key in ("hint", "lecture", "solution", "image"):
+        if not isinstance(record.setdefault(key, None) or "", str):
+            refuse(f"`{key}` is {record[key]!r}; expected text")
+        record[key] = record[key] or ""
+    if not 1 <= len(record["choices"]) <= len(LETTERS) or not all(isinstance(c, str) for c in record["choices"]):
+        refuse(f"`choices` must be 1 to {len(LETTERS)} texts")
+    if not 0 <= record["answer"] < len(record["choices"]):
+        refuse(f"answer {record['answer']} is beyond its {len(record['choices'])} choices")
+    return record
+
+
+def read_json_object(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a ScienceQA folder holds problems.json, pid_splits.json, images/") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: bad JSON in line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+KINDS = {"LLaVA conversations": from_llava, "captions": from_caption, ScienceQA.kind: from_scienceqa}
+
+
+class Examples:
+    """The examples of all the data sets that --data names, one after another."""
+
+    def __init__(self, paths: list, seed: int = 0, split: str = "train", missing_pictures_as_text: bool = False):
+        self.seed, self.parts = seed, []
+        for path in map(Path, paths):
+            if path.is_dir():
+                self.parts.append(ScienceQA(path, split, missing_pictures_as_text))
+            else:
+                self.parts.append(Records(path))
+        self.starts = np.cumsum([0] + [len(part) for part in self.parts])
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def __getitem__(self, i) -> Example:
+        return self.get(i, epoch=0)
+
+    def get(self, i: int, epoch: int) -> Example:
+        """What is drawn at random for a caption is drawn anew in each epoch, and the same in every process."""
+        part = int(np.searchsorted(self.starts, i, side="right")) - 1
+        record = self.parts[part][i - self.starts[part]]
+        return KINDS[self.parts[part].kind](record, random.Random(f"{self.seed} {epoch} {i}"))
+
+    def describe(self) -> str:
+        return ", ".join(f"{len(part):,} {part.kind}" for part in self.parts)
+
+
+class Pictures:
+    """Encoded pictures by name, from a folder or straight from a zip."""
+
+    def __init__(self, path):
+        self.path, self.zip = Path(path), None
+        if not self.path.exists():
+            raise UserError(f"{path}: no such folder or zip of pictures (--images)")
+        if not self.path.is_dir() and not zipfile.is_zipfile(self.path):
+            raise UserError(f"{path}: neither a folder nor a zip (--images)")
+
+    def __getstate__(self):
+        return {"path": self.path, "zip": None}
+
+    def read(self, name: str) -> bytes:
+        """Raises ValueError if there is no such picture."""
+        check_inside(name)
+        try:
+            if self.path.is_dir():
+                return (self.path / name).read_bytes()
+            if self.zip is None:
+                self.zip = zipfile.ZipFile(self.path)
+            return self.zip.read(name)
+        except (KeyError, OSError, RuntimeError, zipfile.BadZipFile, NotImplementedError) as error:
+            reason = "it is not there" if isinstance(error, (KeyError, FileNotFoundError)) else str(error)
+            raise ValueError(f"cannot be read from {self.path}: {reason}") from None
+
+
+# --- examples -> a flat batch
+
+
+@dataclass
+class Batch:
+    """The flat batch that model.py computes on (see its header)."""
+
+    ids: torch.Tensor  # (N,) int64, IMAGE_ID at patches
+    green: torch.Tensor  # (N,) bool
+    cu_seqlens: torch.Tensor  # (B+1,) int32
+    pixels: torch.Tensor  # (pictures, 3, S, S) uint8
+
+    def to(self, device) -> "Batch":
+        return Batch(*(t.to(device, non_blocking=True) for t in self.__dict__.values()))
+
+
+@dataclass
+class Encoder:
+    """Turns an example into what a model of this tokenizer and picture size reads."""
+
+    sp: object
+    n_patches: int
+    image_size: int
+    pictures: Pictures | None
+    max_length: int
+    prefix: list[int] = field(default_factory=list)  # ids that the model has read before: left off every sample
+
+    def __call__(self, example: Example) -> tuple[np.ndarray, np.ndarray, torch.Tensor | None, bool]:
+        """-> ids (T,), green (T,), pixels (3, S, S) or None, whether it was cut to max_length.
+
+        A sample is cut at its end, never inside a picture: then the whole picture goes, and what follows it.
+        Raises ValueError if the picture is missing or broken.
+        """
+        ids, green = tokenize(self.sp, example.turns, self.n_patches if example.image else 0)
+        patches = np.flatnonzero(ids < 0)
+        cut, end = len(ids) > self.max_length, self.max_length
+        if len(patches) and patches[0] < end <= patches[-1]:
+            end = int(patches[0])
+        ids, green = ids[:end], green[:end]
+        pixels = None
+        if len(patches) and patches[-1] < end:
+            try:
+                if self.pictures is None:
+                    raise ValueError("give its folder or zip as --images")
+                pixels = preprocess(open_picture(self.pictures.read(example.image)), self.image_size)
+            except ValueError as error:
+                raise ValueError(f"sample {example.id}: picture {example.image}: {error}") from None
+        assert ids[: len(self.prefix)].tolist() == self.prefix, "every sample starts with the system message"
+        return ids[len(self.prefix) :], green[len(self.prefix) :], pixels, cut
+
+    def flatten(self, samples: list) -> Batch:
+        """[(ids, green, pixels or None, ...)] -> Batch. No sample at all is one of a single position, nothing green."""
+        samples = samples or [(np.zeros(1, np.int64), np.zeros(1, bool), None)]
+        pixels = [s[2] for s in samples if s[2] is not None]
+        return Batch(
+            torch.from_numpy(np.concatenate([s[0] for s in samples])),
+            torch.from_numpy(np.concatenate([s[1] for s in samples])),
+            torch.tensor([0] + [len(s[0]) for s in samples]).cumsum(0).int(),
+            torch.stack(pixels) if pixels else torch.zeros(0, 3, self.image_size, self.image_size, dtype=torch.uint8),
+        )
+
+
+@functools.lru_cache(maxsize=2)
+def order(n: int, epoch: int, seed: int) -> np.ndarray:
+    """The order of n samples in an epoch: a permutation that depends on nothing else."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+@dataclass
+class Step:
+    """One process's share of a global batch."""
+
+    batches: list[Batch]  # micro-batches; at least one
+    ids: list[str]  # of the samples
+    cut: int  # how many were cut to max_length
+    errors: list[str]  # one line for each sample that could not be read
+
+
+class Steps(torch.utils.data.Dataset):
+    """steps[t] is what this process computes in step t. The global batch does not depend on the number of processes."""
+
+    def __init__(self, examples: Examples, encode: Encoder, batch_size: int, seed: int, rank: int, world: int, limit: int):
+        """batch_size: samples of the global batch; limit: tokens of a micro-batch (one sample may exceed it)."""
+        self.examples, self.encode, self.batch_size, self.seed = examples, encode, batch_size, seed
+        self.rank, self.world, self.limit = rank, world, limit
+        self.per_epoch = -(-len(examples) // batch_size)  # the last batch of an epoch may be smaller
+
+    def __getitem__(self, t: int) -> Step:
+        epoch, within = divmod(t, self.per_epoch)
+        chosen = order(len(self.examples), epoch, self.seed)[within * self.batch_size :][: self.batch_size]
+        step, samples, room = Step([], [], 0, []), [], 0
+        for i in chosen[self.rank :: self.world]:
+            example = self.examples.get(int(i), epoch)
+            step.ids.append(example.id)
+            try:
+                sample = self.encode(example)
+            except ValueError as error:
+                step.errors.append(str(error))
+                continue
+            step.cut += sample[3]
+            if samples and len(sample[0]) > room:
+                step.batches.append(self.encode.flatten(samples))
+                samples = []
+            if not samples:
+                room = self.limit
+            samples.append(sample)
+            room -= len(sample[0])
+        step.batches.append(self.encode.flatten(samples))
+        return step
+
+
+@torch.no_grad()
+def ask(model, encode: Encoder, prompts: list[Example], prefix=None, max_new_tokens=64, batch_size=32) -> list[str]:
+    """The model's greedy answers to prompts (each ending with a human's turn), `batch_size` at a time."""
+    device, stop, texts = model.projector.weight.device, stop_ids(encode.sp), []
+    for i in range(0, len(prompts), batch_size):
+        batch = encode.flatten([encode(prompt) for prompt in prompts[i : i + batch_size]]).to(device)
+        answers = model.answers(batch.ids, batch.cu_seqlens, batch.pixels, stop, max_new_tokens, prefix=prefix)
+        texts += [surface(encode.sp, answer).strip() for answer in answers]
+    return texts
+
+
+# --- for the command lines
+
+
+def add_data_arguments(parser):
+    """The flags by which conversation.py and eval_scienceqa.py find data and a tokenizer; none of them: the demo."""
+    parser.add_argument("--data", nargs="+", metavar="PATH", help="LLaVA JSON, captions, or a ScienceQA folder")
+    parser.add_argument("--split", default="train", help="of a ScienceQA folder (default train)")
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model of a LLaMA (default: the demo's)")
+    parser.add_argument("--patches", type=int, help="positions that a picture takes (default 256, or the demo's)")
+
+
+def open_for_display(arguments):
+    """-> tokenizer, examples, patches a picture, for `python conversation.py`. No picture is opened."""
+    import checkpoint, demo  # noqa: E401  (both import this file's neighbours; nothing of theirs runs at import)
+
+    sp = load_tokenizer(arguments.tokenizer or demo.LLAMA / "tokenizer.model")
+    n_patches = arguments.patches or (256 if arguments.tokenizer else checkpoint.load_vision(demo.VISION).config.n_patches)
+    if arguments.data:
+        return sp, Examples(arguments.data, split=arguments.split, missing_pictures_as_text=True), n_patches
+    demo.prepare(demo.FOLDER)
+    return sp, Examples([demo.FOLDER / "captions.json"]), n_patches

@@ -1,0 +1,430 @@
+"""The embedded default: a small world that is drawn, told and asked about, and its two tiny backbones.
+
+A scene is one to three things, each of a size, colour, shape and place. Everything that the demo trains on is made
+from scenes: pictures, captions, conversations of the paper's three types, and a science quiz in ScienceQA's format.
+Training and held-out scenes are disjoint: which a scene is follows from a hash of all that is in it.
+
+    python demo.py draw DIR       # the demo's data, as train.py would make it by itself
+    python demo.py build          # the backbones in demo/ anew, from nothing: tokenizer, LLaMA, ViT
+"""
+
+import argparse
+import itertools
+import json
+import random
+import re
+import shutil
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from conversation import IMAGE, IMAGE_ID, UserError, load_tokenizer, system_ids, tokenize
+
+RECIPE, SEED = "scenes", 1  # change RECIPE with the world or the training; both are in the shipped files' names
+SHIPPED = Path(__file__).parent / "demo"
+LLAMA = SHIPPED / f"llama-{RECIPE}-seed{SEED}"
+VISION = SHIPPED / f"vit-{RECIPE}-seed{SEED}.pt"
+FOLDER = Path(__file__).parent / "runs" / "demo"  # where train.py lets `prepare` write the data
+
+# --- the world
+
+SIZES = ("big", "small")
+COLOURS = ("red", "green", "blue", "yellow", "purple", "black")
+SHAPES = ("circle", "square", "triangle", "cross")
+PLACES = ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")
+RGB = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 70, 220), "yellow": (240, 210, 30),
+       "purple": (150, 50, 170), "black": (25, 25, 25)}  # fmt: skip
+PIXELS, PATCH = 48, 8  # 6x6 patches, so each of the 3x3 places is 2x2 of them
+
+
+@dataclass(frozen=True)
+class Thing:
+    size: str
+    colour: str
+    shape: str
+    place: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+ATTRIBUTES = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "place": PLACES}
+Scene = tuple[Thing, ...]  # in reading order of their places; no two of the same place or the same name
+
+
+def is_scene(things) -> bool:
+    return len({t.place for t in things}) == len({t.name for t in things}) == len(things)
+
+
+def in_order(things) -> Scene:
+    return tuple(sorted(things, key=lambda t: PLACES.index(t.place)))
+
+
+def is_held_out(scene: Scene) -> bool:
+    return zlib.crc32(repr(scene).encode()) % 8 == 0
+
+
+def draw_scene(dice: random.Random, held_out: bool = False, counts=(1, 2, 2, 3, 3)) -> Scene:
+    while True:
+        n = dice.choice(counts)
+        scene = in_order(Thing(*map(dice.choice, ATTRIBUTES.values())) for _ in range(n))
+        if is_scene(scene) and is_held_out(scene) == held_out:
+            return scene
+
+
+def draw_picture(scene: Scene, dice: random.Random):
+    """The scene as a Pillow image: each thing shifted, sized and shaded a little at random, on a pale ground."""
+    from PIL import Image, ImageDraw
+
+    Z = 4  # drawn larger, then averaged down: smooth edges
+    ground = dice.randint(215, 250)
+    image = Image.new("RGB", (PIXELS * Z, PIXELS * Z), tuple(ground + dice.randint(-5, 5) for _ in range(3)))
+    pen = ImageDraw.Draw(image)
+    for thing in scene:
+        row, column = divmod(PLACES.index(thing.place), 3)
+        x, y = (Z * (16 * i + 8 + dice.uniform(-1, 1)) for i in (column, row))
+        r = Z * ({"big": 6.8, "small": 3.9}[thing.size] + dice.uniform(-0.3, 0.3))
+        fill = tuple(max(0, min(255, c + dice.randint(-12, 12))) for c in RGB[thing.colour])
+        if thing.shape == "circle":
+            pen.ellipse((x - r, y - r, x + r, y + r), fill)
+        elif thing.shape == "square":
+            pen.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), fill)
+        elif thing.shape == "triangle":
+            pen.polygon([(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)], fill)
+        else:
+            pen.rectangle((x - r, y - 0.3 * r, x + r, y + 0.3 * r), fill)
+            pen.rectangle((x - 0.3 * r, y - r, x + 0.3 * r, y + r), fill)
+    return image.reduce(Z)
+
+
+# --- what is said about a scene. Each takes the dice that choose among phrasings.
+
+
+def listed(parts: list[str]) -> str:
+    """["a", "b", "c"] -> "a, b and c" """
+    return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
+
+
+def caption(scene: Scene, dice: random.Random) -> str:
+    if dice.random() < 0.5:
+        return listed([f"a {t.size} {t.name} at the {t.place}" for t in scene]) + "."
+    return listed([f"at the {t.place} a {t.size} {t.name}" for t in scene]) + "."
+
+
+def ask(scene: Scene, dice: random.Random) -> tuple[str, str]:
+    """A question that has one short answer."""
+    t = dice.choice(scene)
+    kind = dice.choice(("colour", "shape", "size", "where", "what", "what", "count", "is there", "is there"))
+    if kind == "colour":
+        unique = [t for t in scene if sum(u.shape == t.shape for u in scene) == 1]
+        if not unique:
+            return ask(scene, dice)
+        t = dice.choice(unique)
+        return dice.choice([f"What colour is the {t.shape}?", f"Which colour has the {t.shape}?"]), f"It is {t.colour}."
+    if kind == "shape":
+        unique = [t for t in scene if sum(u.colour == t.colour for u in scene) == 1]
+        if not unique:
+            return ask(scene, dice)
+        t = dice.choice(unique)
+        return dice.choice([f"What shape is the {t.colour} thing?", f"Which shape has the {t.colour} thing?"]), f"It is a {t.shape}."
+    if kind == "size":
+        return dice.choice([f"How big is the {t.name}?", f"Is the {t.name} big or small?"]), f"It is {t.size}."
+    if kind == "where":
+        return dice.choice([f"Where is the {t.name}?", f"In which place is the {t.name}?"]), f"It is at the {t.place}."
+    if kind == "what":
+        place = t.place if dice.random() < 0.75 else dice.choice(PLACES)
+        there = [t for t in scene if t.place == place]
+        answer = f"A {there[0].size} {there[0].name}." if there else "Nothing is there."
+        return dice.choice([f"What is at the {place}?", f"What do you see at the {place}?"]), answer
+    if kind == "count":
+        answer = f"There {'is' if len(scene) == 1 else 'are'} {NUMBERS[len(scene)]}."
+        return dice.choice(["How many things are there?", "How many things do you see?"]), answer
+    name = t.name if dice.random() < 0.5 else f"{dice.choice(COLOURS)} {dice.choice(SHAPES)}"
+    answer = f"Yes, there is a {name}." if any(t.name == name for t in scene) else f"No, there is no {name}."
+    return dice.choice([f"Is there a {name}?", f"Do you see a {name}?"]), answer
+
+
+NUMBERS = ("no", "one", "two", "three")
+
+
+def conversation(scene: Scene, dice: random.Random) -> list[str]:
+    turns = {}
+    for _ in range(8):
+        question, answer = ask(scene, dice)
+        turns.setdefault(question, answer)
+    return [message for turn in list(turns.items())[: dice.randint(2, 4)] for message in turn]
+
+
+def detail(scene: Scene, dice: random.Random) -> list[str]:
+    request = dice.choice(("Describe the picture in detail.", "What can be seen? Tell me everything.",
+                           "Give a detailed description of this picture."))  # fmt: skip
+    n = len(scene)
+    answer = f"The picture shows {NUMBERS[n]} thing{'s' * (n > 1)} on a plain ground."
+    for t in scene:
+        answer += f" At the {t.place} there is a {t.shape}. It is {t.size} and {t.colour}."
+    return [request, answer]
+
+
+def reasoning(scene: Scene, dice: random.Random) -> list[str]:
+    """A question whose answer says first what it is concluded from."""
+    kinds = ["more"]
+    columns = [PLACES.index(t.place) % 3 for t in scene]
+    rows = [PLACES.index(t.place) // 3 for t in scene]
+    ends = [(side, max(range(len(scene)), key=lambda i: sign * line[i]))
+            for side, line, sign in (("left", columns, -1), ("right", columns, 1), ("top", rows, -1), ("bottom", rows, 1))
+            if len(scene) > 1 and line.count(sign * max(sign * v for v in line)) == 1]  # fmt: skip
+    kinds += ["first", "first"] * bool(ends)
+    sizes = [t.size for t in scene]
+    kinds += ["biggest"] * (sizes.count("big") == 1 and len(scene) > 1)
+    kind = dice.choice(kinds)
+    if kind == "first":
+        side, i = dice.choice(ends)
+        question = dice.choice((f"Coming from the {side}, which thing would I reach first, and why?",
+                                f"Which thing is nearest to the {side} edge, and why?"))  # fmt: skip
+        facts = listed([f"the {t.name} is at the {t.place}" for t in scene])
+        return [question, f"{facts[0].upper()}{facts[1:]}. So nearest to the {side} edge is the {scene[i].name}."]
+    if kind == "biggest":
+        facts = listed([f"the {t.name} is {t.size}" for t in scene])
+        biggest = scene[sizes.index("big")]
+        question = dice.choice(("Which thing would be the heaviest, and why?", "Which thing is the biggest, and why?"))
+        return [question, f"{facts[0].upper()}{facts[1:]}. So it is the {biggest.name}."]
+    big, small = sizes.count("big"), sizes.count("small")
+    verdict = "more are big" if big > small else "more are small" if small > big else "they are as many"
+    question = dice.choice(("Are more things big or small, and why?", "Do big or small things prevail, and why?"))
+    return [question, f"Big: {NUMBERS[big]}. Small: {NUMBERS[small]}. So {verdict}."]
+
+
+# --- the science quiz. A problem is a record of ScienceQA's problems.json.
+
+CLASSES = {"dog": "mammal", "whale": "mammal", "horse": "mammal", "bat": "mammal", "eagle": "bird", "owl": "bird",
+           "penguin": "bird", "duck": "bird", "trout": "fish", "shark": "fish", "salmon": "fish", "frog": "amphibian",
+           "newt": "amphibian", "toad": "amphibian", "ant": "insect", "bee": "insect", "moth": "insect"}  # fmt: skip
+CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima",
+            "Cuba": "Havana", "Norway": "Oslo", "Greece": "Athens", "Kenya": "Nairobi", "India": "Delhi",
+            "China": "Beijing"}  # fmt: skip
+WORDS = {"house": "noun", "river": "noun", "apple": "noun", "window": "noun", "sing": "verb", "jump": "verb",
+         "write": "verb", "eat": "verb", "happy": "adjective", "cold": "adjective", "loud": "adjective",
+         "soft": "adjective"}  # fmt: skip
+NAMES = ("Mia", "Tom", "Ana", "Ben", "Eva", "Leo", "Ida", "Max")
+HABITATS = ("pond", "forest", "desert", "river", "cave", "meadow")
+GOODS = ("bread", "apples", "shoes", "books", "milk", "hats")
+TEXTS = ("poem", "letter", "story", "song", "speech", "diary")
+
+
+def options(dice: random.Random, right: str, among, most: int = 4) -> tuple[list[str], int]:
+    """Two to `most` choices, one of them right -> choices, index of the right one."""
+    wrong = [x for x in dict.fromkeys(among) if x != right]
+    choices = [right] + dice.sample(wrong, min(len(wrong), dice.randint(1, most - 1)))
+    dice.shuffle(choices)
+    return choices, choices.index(right)
+
+
+def quiz_picture(subject: str, scene: Scene, dice: random.Random) -> dict:
+    t = dice.choice(scene)
+    if subject == "natural science":
+        question = dice.choice((f"What colour is the thing at the {t.place}?", f"Which colour has the thing at the {t.place}?"))
+        right, among, lecture = t.colour, COLOURS, "We see things by the light that they reflect."
+        solution = f"The {t.shape} at the {t.place} is {t.colour}."
+    elif subject == "social science":
+        question = dice.choice((f"Look at the map. Where is the {t.name}?", f"In which part of the map is the {t.name}?"))
+        right, among, lecture = t.place, PLACES, "A map shows where things are."
+        solution = f"The {t.name} is at the {t.place}."
+    else:
+        question = dice.choice((f"Which word names the thing at the {t.place}?", f"Which noun fits the thing at the {t.place}?"))
+        right, among, lecture = t.shape, SHAPES, "A noun names a thing."
+        solution = f"At the {t.place} there is a {t.shape}."
+    choices, answer = options(dice, right, among)
+    hint = dice.choice(("", "", "The picture shows a few things."))
+    return dict(question=question, choices=choices, answer=answer, hint=hint, lecture=lecture, solution=solution)
+
+
+def quiz_text(subject: str, dice: random.Random) -> dict:
+    if subject == "natural science":
+        who, what = dice.sample(list(CLASSES), 3), dice.sample(HABITATS, 3)
+        facts = [f"The {a} lives in the {b}." for a, b in zip(who, what)]
+        question = dice.choice((f"Where does the {who[0]} live?", f"What is the home of the {who[0]}?"))
+        right, among, lecture = what[0], what, "A habitat is where an animal lives."
+    elif subject == "social science":
+        who, what = dice.sample(NAMES, 3), dice.sample(GOODS, 3)
+        facts = [f"{a} sells {b}." for a, b in zip(who, what)]
+        question = dice.choice((f"Who sells {what[0]}?", f"From whom can you buy {what[0]}?"))
+        right, among, lecture = who[0], who, "A seller gives goods for money."
+    else:
+        who, what = dice.sample(NAMES, 3), dice.sample(TEXTS, 3)
+        facts = [f"{a} wrote a {b}." for a, b in zip(who, what)]
+        question = dice.choice((f"What did {who[0]} write?", f"Which text is by {who[0]}?"))
+        right, among, lecture = what[0], what, "An author writes a text."
+    solution, hint = facts[0], " ".join(dice.sample(facts, 3))
+    choices, answer = options(dice, right, among, most=3)
+    return dict(question=question, choices=choices, answer=answer, hint=hint, lecture=lecture, solution=solution)
+
+
+def quiz_fact(subject: str, dice: random.Random) -> dict:
+    facts, lecture, wordings, solution = {
+        "natural science": (CLASSES, "Animals are sorted into classes.",
+                            ("What kind of animal is the {}?", "To which class belongs the {}?"), "The {} is of the class {}."),
+        "social science": (CAPITALS, "The capital is the seat of the government.",
+                           ("What is the capital of {}?", "Which city governs {}?"), "The capital of {} is {}."),
+        "language science": (WORDS, "Words are sorted by what they do.",
+                             ("What kind of word is {}?", "Which part of speech is {}?"), "The word {} is of the kind {}."),
+    }[subject]  # fmt: skip
+    asked = dice.choice(list(facts))
+    choices, answer = options(dice, facts[asked], facts.values())
+    question = dice.choice(wordings).format(asked)
+    solution = solution.format(asked, facts[asked])
+    return dict(question=question, choices=choices, answer=answer, hint="", lecture=lecture, solution=solution)
+
+
+def quiz(dice: random.Random, held_out: bool = False) -> tuple[dict, Scene | None]:
+    """A problem of a random subject that needs its picture, its hint, or something learned -> (record, scene or None)."""
+    subject = dice.choice(("natural science", "social science", "language science"))
+    kind, scene = dice.choice(("picture", "picture", "text", "fact")), None
+    if kind == "picture":
+        scene = draw_scene(dice, held_out)
+        problem = quiz_picture(subject, scene, dice)
+    else:
+        problem = quiz_text(subject, dice) if kind == "text" else quiz_fact(subject, dice)
+    problem |= dict(image="image.png" if scene else None, task="closed choice", grade=f"grade{dice.randint(1, 12)}",
+                    subject=subject, topic=subject.split()[0], category=kind, skill=f"{subject}: {kind}")  # fmt: skip
+    return problem, scene
+
+
+# --- text alone, which the LLaMA reads before: the scene told in words where a picture would stand
+
+
+def in_words(scene: Scene, dice: random.Random) -> list[str]:
+    """The scene as a disorderly run of words, some of them twice: the things in any order, each begun by its place.
+
+    No sentence: what a picture's patches become through W will not be one either.
+    """
+    words = []
+    for t in dice.sample(scene, len(scene)):
+        words += ["blank"] * dice.choice((0, 0, 1, 2, 4))
+        rest = [t.size, t.colour, t.shape]
+        dice.shuffle(rest)
+        rest += dice.choices([t.size, t.colour, t.shape, t.place], k=dice.randint(0, 4))
+        words.append(t.place)
+        for word in rest:
+            words += ["blank"] * (dice.random() < 0.1) + [word]
+    return words + ["blank"] * dice.choice((0, 0, 1, 2, 4))
+
+
+def told(dice: random.Random) -> tuple[list[str], Scene | None]:
+    """What the LLaMA practises on: a conversation (with `<image>` where the scene's words go) and its scene."""
+    import data
+
+    kind = dice.choices(("caption", "conversation", "detail", "reasoning", "quiz"), (5, 6, 2, 2, 5))[0]
+    if kind == "quiz":
+        problem, scene = quiz(dice)
+        record = problem | dict(id="", image_path=problem["image"])
+        return data.from_scienceqa(record, dice).turns, scene
+    scene = draw_scene(dice)
+    if kind == "caption":
+        return data.from_caption({"image": "picture.png", "caption": caption(scene, dice)}, dice).turns, scene
+    turns = dict(conversation=conversation, detail=detail, reasoning=reasoning)[kind](scene, dice)
+    return with_picture(turns, dice), scene
+
+
+def with_picture(turns: list[str], dice: random.Random) -> list[str]:
+    """Eq. 2: the picture before or after the first question."""
+    first = f"{IMAGE}\n{turns[0]}" if dice.random() < 0.5 else f"{turns[0]}\n{IMAGE}"
+    return [first, *turns[1:]]
+
+
+def spell(sp, turns: list[str], scene: Scene | None, dice: random.Random):
+    """ids and green mask of a conversation, the scene's words laid exactly where a picture's patches would be."""
+    if scene is None:
+        return tokenize(sp, turns)
+    words = [sp.piece_to_id("\u2581" + word) for word in in_words(scene, dice)]
+    ids, green = tokenize(sp, turns, len(words))
+    ids[ids == IMAGE_ID] = words
+    return ids, green
+
+
+# --- the recipe of the backbones
+
+VOCAB = 768
+LLAMA_SHAPE = dict(dim=128, n_layers=4, n_heads=4, n_kv_heads=4, ffn_dim=352, vocab_size=VOCAB, norm_eps=1e-5)
+LLAMA_TRAINING = dict(steps=3000, batch_size=64, lr=3e-3)
+VIT_SHAPE = dict(image_size=PIXELS, patch_size=PATCH, width=128, layers=4)
+VIT_TRAINING = dict(steps=1500, batch_size=128, lr=1.5e-3)
+
+
+def train_tokenizer(path: Path):
+    """SentencePiece BPE with LLaMA's settings, on the text of the conversations."""
+    import sentencepiece
+
+    from conversation import render
+
+    dice = random.Random(f"tokenizer {SEED}")
+    lines = []
+    for _ in range(8000):
+        turns, scene = told(dice)
+        lines += "".join(text for text, _ in render(turns, scene is not None)).split("\n")  # a newline stays a byte
+        lines += [" ".join(in_words(scene, dice))] if scene else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(path.with_suffix("")), vocab_size=VOCAB, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=True, remove_extra_whitespaces=False,
+        split_digits=True, user_defined_symbols=["###"] + ["\u2581" + p for p in PLACES if "-" in p],
+        required_chars="".join(map(chr, range(33, 127))), minloglevel=2,
+    )  # fmt: skip
+    path.with_suffix(".vocab").unlink()
+    sp = load_tokenizer(path)
+    for word in [w for words in ATTRIBUTES.values() for w in words] + ["blank"]:
+        assert sp.encode(word) == [sp.piece_to_id("\u2581" + word)] != [sp.unk_id()], f"{word} is not one piece"
+    return sp
+
+
+def schedule(optimizer, step: int, steps: int, lr: float):
+    """Warm-up over the first 5 %, then half a cosine down to 2 % of the peak."""
+    import math
+
+    rate = min(1, (step + 1) / (0.05 * steps)) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    for group in optimizer.param_groups:
+        group["lr"] = lr * rate
+    return lr * rate
+
+
+def train_llama(sp, steps: int, batch_size: int, lr: float):
+    """A LLaMA from noise, by the loss over green tokens on text alone; no picture and no feature of one comes in."""
+    import torch
+    import torch.nn.functional as F
+    from tqdm import trange
+
+    from model import LLaMA, LLaMAConfig, flat_attention, positions
+
+    torch.manual_seed(SEED)
+    dice = random.Random(f"llama {SEED}")
+    llama = LLaMA(LLaMAConfig(**LLAMA_SHAPE))
+    for name, p in llama.named_parameters():
+        if p.dim() == 2:
+            last = name.endswith(("wo.weight", "w2.weight"))
+            torch.nn.init.normal_(p, std=0.3 if "embeddings" in name else p.shape[1] ** -0.5 * (0.35 if last else 1))
+    decay = [p for p in llama.parameters() if p.dim() == 2]
+    rest = [p for p in llama.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([dict(params=decay, weight_decay=0.05), dict(params=rest, weight_decay=0)], betas=(0.9, 0.98))
+    system, n_layers = torch.tensor(system_ids(sp)), LLAMA_SHAPE["n_layers"]
+    bar, mean = trange(steps, desc="LLaMA", mininterval=2), None
+    for step in bar:
+        samples = [spell(sp, *told(dice), dice) for _ in range(batch_size)]
+        ids = torch.cat([torch.from_numpy(ids[len(system) :]) for ids, _ in samples])  # (N,)
+        green = torch.cat([torch.from_numpy(green[len(system) :]) for _, green in samples])
+        cu_seqlens = torch.tensor([0] + [len(ids) - len(system) for ids, _ in samples]).cumsum(0).int()
+        with torch.autocast("cpu", torch.bfloat16):
+            prefix = []  # keys and values of the system message: the same for all samples, so computed once
+            one = torch.tensor([0, len(system)], dtype=torch.int32)
+            llama(llama.tok_embeddings(system), positions(one), flat_attention(n_layers, one, keep=prefix))
+            attend = flat_attention(n_layers, cu_seqlens, prefix)
+            x = llama(llama.tok_embeddings(ids), positions(cu_seqlens, len(system)), attend)
+            is_target = green.nonzero().squeeze(1)
+            loss = F.cross_entropy(llama.logits(x[is_target - 1]).float(), ids[is_target])
+        rate = schedule(optimizer, step, steps, lr)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
+        optimizer.step()
+        mean = loss.item() if mean is None else 0.95 * mean + 0.05 * loss.item()
+        bar.set_postfix(loss=f"{mean:.3f}", lr=f"{rate:.1e}", refresh=False)
+    return llama

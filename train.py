@@ -1,0 +1,343 @@
+"""Trains LLaVA: what trains in which stage, the schedule, and the one loop (section 4.2 of the paper).
+
+    torchrun train.py --stage 1                       # W alone, on captioned pictures; no paths: the demo
+    torchrun --nproc_per_node 8 train.py --stage 1 \\
+        --llama vicuna-13b-v0 --vision ViT-L-14.pt --data chat.json --images images.zip
+
+One process without torchrun works as well. The loss of a global batch is the sum of the green tokens' negative log
+likelihoods over their count, over all micro-batches and processes (Eq. 3): how the batch is cut up changes nothing.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import checkpoint
+import demo
+from conversation import TEMPLATE, UserError, load_tokenizer, system_ids
+from data import SCIENCEQA_PROMPT, Encoder, Examples, Pictures, Steps, ask
+from vision import FEATURE_LAYER
+
+PAPER = {  # section 4.2: what each run of the paper uses
+    "stage1": dict(epochs=1, batch_size=128, lr=2e-3),
+    "chat": dict(epochs=3, batch_size=32, lr=2e-5),
+    "scienceqa": dict(epochs=12, batch_size=32, lr=2e-5),
+}
+MAX_GRAD_NORM = 1.0
+MAY_CHANGE = {"workers", "log_every", "save_every", "micro_batch_tokens"}  # on resuming; all else must be as it was
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> float:
+    """Cosine schedule: from near 0 up to `peak` over the warm-up's steps, then down along a half cosine to near 0."""
+    warmup = math.ceil(steps * warmup_ratio)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument_group("what is trained").add_argument
+    add("--stage", type=int, choices=(1,), required=True, help="1: W alone")
+    add = parser.add_argument_group("inputs (none of them: the demo)").add_argument
+    add("--llama", metavar="DIR", help="LLaMA or Vicuna: Meta's raw folder or a Hugging Face folder")
+    add("--vision", metavar="PATH", help="CLIP: OpenAI's ViT-L-14.pt or a Hugging Face folder")
+    add("--projector", metavar="FILE", help="a W to start from: projector.pth or mm_projector.bin; else noise")
+    add("--data", nargs="+", metavar="PATH", help="LLaVA JSON (chat.json of CC3M-595K) or captions")
+    add("--images", metavar="PATH", help="folder or zip that the data's picture paths are relative to")
+    add = parser.add_argument_group("the run").add_argument
+    add("--out", metavar="DIR", help="run directory (default runs/stage1)")
+    add("--epochs", type=int, help="passes over the data (default: the paper's)")
+    add("--batch-size", type=int, help="samples of a step over all processes (default: the paper's)")
+    add("--micro-batch-tokens", type=int, default=16384, help="positions that a process computes on at once")
+    add("--lr", type=float, help="peak learning rate (default: the paper's)")
+    add("--warmup-ratio", type=float, default=0.03, help="share of the steps in which the learning rate rises")
+    add("--max-length", type=int, default=2048, help="positions of a sample; longer ones are cut, never in a picture")
+    add("--max-steps", type=int, help="stop after so many steps (default: epochs decide)")
+    add("--seed", type=int, default=0, help="of W's noise, the samples' order and what is drawn for a caption")
+    add("--precision", choices=("bf16", "fp32"), help="of the matrix products (default: bf16 on GPUs, else fp32)")
+    add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on where --out was left")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the LLaMA's blocks")
+    add("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
+        help="recompute each block in the backward pass: less memory, more time")  # fmt: skip
+    add("--save-every", type=int, default=500, help="steps between training states; 0 = only at the end")
+    add("--log-every", type=int, default=1, help="steps between lines of metrics.jsonl")
+    add("--workers", type=int, default=2, help="processes that decode pictures; 0 = the main process does")
+    a = parser.parse_args(argv)
+    a.out = Path(a.out or "runs/stage1")
+
+    given = [name for name in ("llama", "vision", "data") if getattr(a, name)]
+    a.demo = not given
+    if a.demo and (a.images or a.projector):
+        raise UserError("--images and --projector go with --llama, --vision and --data; without any of them: the demo")
+    if given and len(given) < 3:
+        missing = [f"--{name}" for name in ("llama", "vision", "data") if name not in given]
+        raise UserError(f"{' and '.join(missing)} missing: give --llama, --vision and --data, or none of them for the demo")
+    defaults = PAPER["stage1"] | (demo.STAGE1 if a.demo else {})
+    for name, value in defaults.items():
+        if getattr(a, name, None) is None:
+            setattr(a, name, value)
+    for name in ("epochs", "batch_size", "micro_batch_tokens", "max_length", "log_every"):
+        if getattr(a, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be 1 or more")
+    for name in ("save_every", "workers", "lr", "seed"):
+        if getattr(a, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must not be negative")
+    if a.max_steps is not None and a.max_steps < 1:
+        raise UserError(f"--max-steps {a.max_steps}: must be 1 or more")
+    if not 0 <= a.warmup_ratio <= 1:
+        raise UserError(f"--warmup-ratio {a.warmup_ratio}: must lie in 0..1")
+    return a
+
+
+# --- processes
+
+
+def start_processes() -> tuple[int, int, torch.device]:
+    """-> rank, world size, device. Under torchrun its processes join: NCCL between GPUs, gloo between CPUs."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def summed(*numbers: float, device) -> list[float]:
+    """Each number summed over all processes (float64: counts stay exact)."""
+    total = torch.tensor(numbers, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def gathered(lines: list[str]) -> list[str]:
+    """The lines of all processes, on all of them."""
+    if not dist.is_initialized():
+        return lines
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, lines)
+    return sum(parts, [])
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM ask for an end after the current step, so that the run directory is left whole."""
+
+    asked = 0
+
+    def __init__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C: at once
+        self.asked = number
+
+
+def leave_signals_to_parent(worker: int):
+    """In a process that decodes pictures: the process that trains decides when it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# --- the run
+
+
+def open_run(a, config: dict, rank: int) -> dict | None:
+    """Begins the run directory, or re-enters it: then returns the state to go on from.
+
+    A directory begun with other settings is refused, so that no run goes on as something that it is not.
+    """
+    path = a.out / "config.json"
+    if a.resume and path.is_file():
+        state, begun = checkpoint.load_state(a.out), checkpoint.read_json(path).get("settings", {})
+        for name, now in config["settings"].items():
+            if state and name not in MAY_CHANGE and begun.get(name) != now:
+                raise UserError(
+                    f"{a.out}: was begun with --{name.replace('_', '-')} {begun.get(name)}, now it is {now}; "
+                    "go on with the same settings, or give another --out, or --no-resume to begin anew"
+                )
+        if state:
+            return state
+    if rank == 0:
+        try:
+            a.out.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(a.out / "state", ignore_errors=True)
+            (a.out / "projector.pth").unlink(missing_ok=True)  # the run is not usable until it has its own
+            (a.out / "metrics.jsonl").write_text("")
+        except OSError as error:
+            raise UserError(f"{a.out}: cannot be made a run directory ({error.strerror}); give another --out") from None
+        checkpoint.write_json(path, config)
+    return None
+
+
+def keep_metrics(path: Path, step: int):
+    """Drops the lines of steps that are not in the state that the run goes on from."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    path.write_text("".join(kept))
+
+
+def train(a, rank: int, world: int, device: torch.device):
+    say = print if rank == 0 else (lambda *_: None)
+    if a.demo:
+        if rank == 0:
+            demo.prepare(demo.FOLDER)
+        if dist.is_initialized():
+            dist.barrier()  # the others wait until the pictures are drawn
+        a.llama, a.vision = demo.LLAMA, demo.VISION
+        a.data, a.images = [demo.FOLDER / "captions.json"], demo.FOLDER / "images"
+
+    # What is frozen is held in the compute dtype; W, which trains, in fp32.
+    precision = a.precision or ("bf16" if device.type == "cuda" else "fp32")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
+
+    examples, sp = Examples(a.data, a.seed), load_tokenizer(Path(a.llama) / "tokenizer.model")
+    say(f"data: {examples.describe()}")
+    llama, vision = checkpoint.load_llama(a.llama, dtype), checkpoint.load_vision(a.vision, FEATURE_LAYER, dtype)
+    projector = checkpoint.load_projector(a.projector) if a.projector else None
+    model = checkpoint.build(llama, vision, projector, a.seed).to(device)
+    llama.checkpoint_activations = a.checkpoint_activations
+    if a.compile:
+        for layer in llama.layers:
+            layer.compile(dynamic=True)
+    trained = model.set_trainable(a.stage)
+    trains, frozen = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    say(f"model: {trains:,} parameters train, {frozen:,} are frozen; {precision} on {world} x {device.type}")
+
+    prefix_ids = system_ids(sp)  # in stage 1 the LLaMA is constant, so what it makes of the system message is too
+    with autocast():
+        prefix = model.read_prefix(torch.tensor(prefix_ids, device=device))
+    n_patches, size = vision.config.n_patches, vision.config.image_size
+    if a.max_length < len(prefix_ids) + n_patches + 2:
+        raise UserError(f"--max-length {a.max_length}: a picture and the system message alone take "
+                        f"{len(prefix_ids) + n_patches}")  # fmt: skip
+    encode = Encoder(sp, n_patches, size, a.images and Pictures(a.images), a.max_length, prefix_ids)
+    steps = Steps(examples, encode, a.batch_size, a.seed, rank, world, a.micro_batch_tokens)
+    total = min(a.epochs * steps.per_epoch, a.max_steps or math.inf)
+
+    settings = {k: v if isinstance(v, (int, float, type(None))) else str(v) for k, v in vars(a).items()}
+    settings = {k: v for k, v in settings.items() if k not in ("resume", "out")}
+    config = dict(settings=settings, stage=a.stage, template=TEMPLATE, prompt=SCIENCEQA_PROMPT, feature_layer=FEATURE_LAYER,
+                  llama=str(Path(a.llama).resolve()), vision=str(Path(a.vision).resolve()), precision=precision,
+                  torch=torch.__version__)  # fmt: skip
+    state = open_run(a, config, rank)
+    held_out = demo.CaptionTest(demo.FOLDER) if a.demo and rank == 0 else None
+    caption = functools.partial(ask, model, encode, prefix=prefix, max_new_tokens=demo.MAX_CAPTION)
+    if held_out:
+        held_out.before(caption)
+
+    optimizer = torch.optim.AdamW(trained, lr=a.lr, weight_decay=0.0, fused=device.type == "cuda")
+    start = 0
+    if state:
+        start = state["step"]
+        model.load_state_dict(state["trained"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        say(f"{a.out}: goes on after step {start} of {total}")
+    if rank == 0:
+        keep_metrics(a.out / "metrics.jsonl", start)
+
+    def save(step):
+        if rank == 0:
+            names = {name for name, p in model.named_parameters() if p.requires_grad}
+            weights = {name: p for name, p in model.state_dict().items() if name in names}
+            checkpoint.save_state(a.out, dict(step=step, trained=weights, optimizer=optimizer.state_dict()), step)
+            checkpoint.save_run(a.out, model, config, Path(a.llama) / "tokenizer.model", a.stage)
+
+    runner = DistributedDataParallel(model, broadcast_buffers=False) if dist.is_initialized() else model
+    loader = DataLoader(steps, batch_size=None, sampler=range(start, total), num_workers=a.workers,
+                        worker_init_fn=leave_signals_to_parent)  # fmt: skip
+    interrupt, cut_samples, began = Interrupt(), 0, time.time()
+    bar = tqdm(total=total, initial=start, unit="step", desc=f"stage {a.stage}", disable=rank != 0, smoothing=0.1)
+    log = open(a.out / "metrics.jsonl", "a") if rank == 0 else None
+
+    t = start  # steps done
+    for step in loader:
+        green = sum(int(batch.green.sum()) for batch in step.batches)
+        tokens = sum(len(batch.ids) for batch in step.batches)
+        green, tokens, cut, bad, asked = summed(green, tokens, step.cut, len(step.errors), interrupt.asked, device=device)
+        if asked:
+            break
+        if bad:
+            raise UserError(f"step {t + 1}: " + "; ".join(gathered(step.errors)))
+        if not green:
+            raise UserError(f"step {t + 1}: no green token in its batch (samples {', '.join(gathered(step.ids)[:8])}): "
+                            "every answer lies beyond --max-length; raise it")  # fmt: skip
+        lr = learning_rate(t, total, a.lr, a.warmup_ratio)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        nll_sum = 0.0
+        for i, batch in enumerate(step.batches):
+            batch, last = batch.to(device), i + 1 == len(step.batches)
+            with nullcontext() if last or runner is model else runner.no_sync():
+                with autocast():
+                    nll, _ = runner(batch.ids, batch.green, batch.cu_seqlens, batch.pixels, prefix)
+                (nll * world / green).backward()  # Eq. 3; times world because DDP takes the mean over processes
+            nll_sum += nll.item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM).item()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        t, cut_samples = t + 1, cut_samples + int(cut)
+        loss = summed(nll_sum, device=device)[0] / green
+        now = time.time()
+        line = dict(step=t, loss=loss, lr=lr, grad_norm=grad_norm, green_tokens=int(green), tokens=int(tokens),
+                    seconds=round(now - began, 4))  # fmt: skip
+        bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{tokens / (now - began):,.0f}", refresh=False)
+        bar.update()
+        began = now
+        if log and (t % a.log_every == 0 or t == total):
+            print(json.dumps(line), file=log, flush=True)
+        if a.save_every and t % a.save_every == 0 and t < total:
+            save(t)
+    bar.close()
+    if cut_samples:
+        say(f"{cut_samples} samples were longer than --max-length {a.max_length} and were cut")
+    if t > start or not state:
+        save(t)
+    if t < total:
+        say(f"stopped after step {t} of {total}; the same command goes on from there ({a.out})")
+        raise SystemExit(128 + signal.SIGINT)
+    say(f"{a.out}: stage {a.stage} is done, {total} steps")
+    if held_out:
+        say(held_out.after(caption))
+
+
+def main():
+    a = parse_arguments()
+    rank, world, device = start_processes()
+    try:
+        train(a, rank, world, device)
+    except UserError as error:
+        raise UserError(f"(process {rank}) {error}" if rank else str(error)) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}")
