@@ -153,29 +153,28 @@ def flat_attention(n_layers: int, cu_seqlens: torch.Tensor, prefix=None, keep: l
     prefix: per layer k and v (S, K, hd), positions that come before those of every sample (see `LLaVA.read_prefix`).
     keep: a list that gets each layer's (k, v), for a cache.
     """
-    borders = cu_seqlens.tolist()
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+    S = 0 if prefix is None else len(prefix[0][0])
 
     def attend(layer, q, k, v):  # (N, H, hd), (N, K, hd), (N, K, hd)
         if keep is not None:
             keep.append((k, v))
-        samples = list(zip(borders, borders[1:]))
+        gqa = q.shape[1] != k.shape[1]
+        ks, vs = k.split(lengths), v.split(lengths)  # (T, K, hd) each
         if prefix is not None:
             before_k, before_v = (t.to(k.dtype) for t in prefix[layer])
-            k = torch.cat([part for a, b in samples for part in (before_k, k[a:b])])  # (N + B*S, K, hd)
-            v = torch.cat([part for a, b in samples for part in (before_v, v[a:b])])
-        S = 0 if prefix is None else len(before_k)
+            ks, vs = [torch.cat([before_k, k]) for k in ks], [torch.cat([before_v, v]) for v in vs]  # (S+T, K, hd)
         if q.is_cuda and varlen_attn is not None and q.dtype != torch.float32:
-            cu_seqlens_k = cu_seqlens + S * torch.arange(len(borders), device=q.device, dtype=cu_seqlens.dtype)
-            longest = max(b - a for a, b in samples)
-            causal = dict(window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
-            return varlen_attn(q, k, v, cu_seqlens, cu_seqlens_k, longest, longest + S, **causal)
+            cu_seqlens_k = cu_seqlens + S * torch.arange(len(cu_seqlens), device=q.device, dtype=cu_seqlens.dtype)
+            longest, causal = max(lengths), (-1, 0)  # any distance back, none ahead; the last rows line up
+            return varlen_attn(q, torch.cat(ks), torch.cat(vs), cu_seqlens, cu_seqlens_k, longest, longest + S,
+                               window_size=causal, enable_gqa=gqa)  # fmt: skip
         outs = []
-        for i, (a, b) in enumerate(samples):
-            qi = q[a:b].transpose(0, 1)[None]  # (1, H, T, hd)
-            ki, vi = (t[a + i * S : b + (i + 1) * S].transpose(0, 1)[None] for t in (k, v))  # (1, K, S+T, hd)
+        for q, k, v in zip(q.split(lengths), ks, vs):
             # Position t of the sample sees the prefix and 0..t. (is_causal alone would line up the first rows.)
-            mask = None if S == 0 else torch.ones(b - a, S + b - a, dtype=torch.bool, device=q.device).tril(S)
-            out = F.scaled_dot_product_attention(qi, ki, vi, mask, is_causal=S == 0, enable_gqa=q.shape[1] != k.shape[1])
+            mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(S) if S else None
+            q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, heads, ..., hd)
+            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not S, enable_gqa=gqa)
             outs.append(out[0].transpose(0, 1))  # (T, H, hd)
         return torch.cat(outs)
 
