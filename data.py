@@ -11,11 +11,11 @@ A file is read once, to check every record and to note where it lies; afterwards
 comes. So 595K samples are an array of offsets, shared by all worker processes, and not millions of Python objects.
 """
 
-import functools
 import json
 import mmap
 import random
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -35,6 +35,7 @@ REQUESTS = (  # the naive expansion of a caption asks one of these at random
     "Describe this picture in short.",
     "Name what the picture shows, without detail.",
 )
+OFTEN = 0.005  # a request for a description is shared by this part of the samples; a reasoning question is not
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SCIENCEQA_PROMPT = "QCM-LEA"  # question, context, options -> lecture, explanation, answer; recorded with the run
 
@@ -130,6 +131,7 @@ class Records:
         at = skip(text, 3 if text.startswith("\xef\xbb\xbf") else 0).end()
         as_list = text[at : at + 1] == "["
         decoder, dice, spans, self.kind = json.JSONDecoder(), random.Random(0), [], None
+        turns, questions = [], []
         if as_list:
             at = skip(text, at + 1).end()
         try:
@@ -139,8 +141,10 @@ class Records:
                 if not isinstance(record, dict):
                     raise ValueError("it is not a JSON object")
                 self.kind = self.kind or recognise(record)
-                KINDS[self.kind](record, dice)
+                example = KINDS[self.kind](record, dice)
                 spans.append((at, end))
+                turns.append(len(example.turns))
+                questions.append(zlib.crc32(example.turns[0].replace(IMAGE, "").strip().encode("utf-8", "replace")))
                 at = skip(text, end).end()
                 if as_list and text[at : at + 1] not in (",", "]"):
                     raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
@@ -161,6 +165,7 @@ class Records:
         if not spans:
             raise UserError(f"{path}: holds no samples")
         self.spans = np.array(spans, dtype=np.int64)  # (n, 2) bytes from, to
+        self.turns, self.questions = np.array(turns, dtype=np.int32), np.array(questions, dtype=np.uint32)  # (n,) each
         self.bytes = None
 
     def __len__(self):
@@ -295,6 +300,17 @@ class Examples:
         record = self.parts[part][i - self.starts[part]]
         return KINDS[self.parts[part].kind](record, random.Random(f"{self.seed} {epoch} {i}"))
 
+    def types(self) -> np.ndarray:
+        """The response type of each sample (n,): its file's number if there are several; within one file of
+        conversations 0 several turns (conversation), 1 a request that recurs often (detailed description), 2 a
+        question of its own (complex reasoning)."""
+        if len(self.parts) > 1 or not isinstance(self.parts[0], Records):
+            return np.repeat(np.arange(len(self.parts)), [len(part) for part in self.parts])
+        turns, questions = self.parts[0].turns, self.parts[0].questions
+        _, inverse, counts = np.unique(questions, return_inverse=True, return_counts=True)
+        recurs = counts[inverse] >= max(2, OFTEN * len(questions))
+        return np.where(turns > 2, 0, np.where(recurs, 1, 2))
+
     def describe(self) -> str:
         return ", ".join(f"{len(part):,} {part.kind}" for part in self.parts)
 
@@ -388,10 +404,23 @@ class Encoder:
         )
 
 
-@functools.lru_cache(maxsize=2)
-def order(n: int, epoch: int, seed: int) -> np.ndarray:
-    """The order of n samples in an epoch: a permutation that depends on nothing else."""
-    return np.random.default_rng([seed, epoch]).permutation(n)
+def order(types: np.ndarray, epoch: int, seed: int, sampling: str = "proportional") -> np.ndarray:
+    """Which samples an epoch shows, in order; it depends on nothing but its arguments.
+
+    types: (n,) int, the response type of each sample. n samples are shown, whatever the sampling:
+    proportional: each once. uniform: each draw is of each type with equal probability, and within a type none comes
+    again before all have come (section 4.2.2: the types are "uniformly sampled in training").
+    """
+    dice, n = np.random.default_rng([seed, epoch]), len(types)
+    if sampling == "proportional":
+        return dice.permutation(n)
+    kinds = np.unique(types)
+    drawn, samples = kinds[dice.integers(len(kinds), size=n)], np.empty(n, dtype=np.int64)
+    for kind in kinds:
+        members, places = np.flatnonzero(types == kind), np.flatnonzero(drawn == kind)
+        rounds = -(-len(places) // len(members))
+        samples[places] = np.concatenate([members[:0], *(dice.permutation(members) for _ in range(rounds))])[: len(places)]
+    return samples
 
 
 @dataclass
@@ -407,15 +436,19 @@ class Step:
 class Steps(torch.utils.data.Dataset):
     """steps[t] is what this process computes in step t. The global batch does not depend on the number of processes."""
 
-    def __init__(self, examples: Examples, encode: Encoder, batch_size: int, seed: int, rank: int, world: int, limit: int):
+    def __init__(self, examples: Examples, encode: Encoder, batch_size: int, seed: int, rank: int = 0, world: int = 1,
+                 limit: int = 16384, sampling: str = "proportional"):  # fmt: skip
         """batch_size: samples of the global batch; limit: tokens of a micro-batch (one sample may exceed it)."""
         self.examples, self.encode, self.batch_size, self.seed = examples, encode, batch_size, seed
         self.rank, self.world, self.limit = rank, world, limit
         self.per_epoch = -(-len(examples) // batch_size)  # the last batch of an epoch may be smaller
+        self.types, self.sampling, self.epoch = examples.types(), sampling, None
 
     def __getitem__(self, t: int) -> Step:
         epoch, within = divmod(t, self.per_epoch)
-        chosen = order(len(self.examples), epoch, self.seed)[within * self.batch_size :][: self.batch_size]
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, order(self.types, epoch, self.seed, self.sampling)
+        chosen = self.order[within * self.batch_size :][: self.batch_size]
         step, samples, room = Step([], [], 0, []), [], 0
         for i in chosen[self.rank :: self.world]:
             example = self.examples.get(int(i), epoch)

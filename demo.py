@@ -290,6 +290,169 @@ def quiz(dice: random.Random, held_out: bool = False) -> tuple[dict, Scene | Non
     return problem, scene
 
 
+# --- the demo's data, in the published formats
+
+CAPTIONED, HELD_OUT = 6400, 150  # pictures
+QUIZ = dict(train=3000, val=200, test=600)  # problems
+STAGE1 = dict(epochs=1, batch_size=64, lr=1e-2)  # in place of the paper's, for a W of 128x128
+
+
+def prepare(folder: Path, progress: bool = True) -> None:
+    """Writes the demo's data under `folder`, unless it is there already:
+
+        images/                        PNG files: train-*.png, test-*.png
+        captions.json                  [{"image", "caption"}, ...]: what stage 1 trains on
+        conversation.json, detail.json, reasoning.json     LLaVA JSON, on the same pictures: for the chatbot
+        heldout.json                   scenes that none of these hold: [{"image", "scene", "caption", "questions"}, ...]
+        scienceqa/                     problems.json, pid_splits.json, images/{split}/{id}/image.png
+        recipe.json                    what all this was made by
+
+    It is made under another name and renamed when complete. Raises UserError if `folder` holds anything else.
+    """
+    from tqdm import tqdm
+
+    recipe = dict(recipe=RECIPE, seed=SEED, captioned=CAPTIONED, held_out=HELD_OUT, quiz=QUIZ)
+    folder = Path(folder)
+    if folder.exists():
+        made_by = folder / "recipe.json"
+        if made_by.is_file() and made_by.read_text() == json.dumps(recipe):
+            return
+        if not folder.is_dir() or (any(folder.iterdir()) and not made_by.is_file()):
+            raise UserError(f"{folder}: is there already and is no data of the demo; name a new folder or remove it")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "images").mkdir(parents=True)
+    dice = random.Random(f"data {SEED}")
+
+    files = dict(captions=[], conversation=[], detail=[], reasoning=[])
+    bar = tqdm(total=CAPTIONED + HELD_OUT + sum(QUIZ.values()), desc="drawing the demo", disable=not progress, mininterval=1)
+    for i in range(CAPTIONED):
+        scene, image = draw_scene(dice), f"train-{i:05}.png"
+        draw_picture(scene, dice).save(partial / "images" / image)
+        files["captions"].append({"image": image, "caption": caption(scene, dice)})
+        for kind, talk in (("conversation", conversation), ("detail", detail), ("reasoning", reasoning)):
+            turns = with_picture(talk(scene, dice), dice)
+            messages = [{"from": who, "value": text} for who, text in zip(("human", "gpt") * len(turns), turns)]
+            files[kind].append({"id": f"{kind}-{i:05}", "image": image, "conversations": messages})
+        bar.update()
+    held_out = {}
+    while len(held_out) < HELD_OUT:
+        held_out[draw_scene(dice, held_out=True)] = None
+    files["heldout"] = []
+    for i, scene in enumerate(held_out):
+        image = f"test-{i:05}.png"
+        draw_picture(scene, dice).save(partial / "images" / image)
+        questions = dict(ask(scene, dice) for _ in range(6))
+        files["heldout"].append({"image": image, "scene": [vars(t) for t in scene], "caption": caption(scene, dice),
+                                 "questions": [{"question": q, "answer": a} for q, a in questions.items()]})  # fmt: skip
+        bar.update()
+    problems, splits = {}, {split: [] for split in QUIZ}
+    for split, count in QUIZ.items():
+        for _ in range(count):
+            id = str(len(problems) + 1)
+            problem, scene = quiz(dice, held_out=split != "train")
+            problems[id] = problem | {"split": split}
+            splits[split].append(id)
+            if scene:
+                place = partial / "scienceqa" / "images" / split / id
+                place.mkdir(parents=True)
+                draw_picture(scene, dice).save(place / "image.png")
+            bar.update()
+    bar.close()
+    for name, records in files.items():
+        (partial / f"{name}.json").write_text(json.dumps(records, indent=0))
+    (partial / "scienceqa" / "problems.json").write_text(json.dumps(problems, indent=0))
+    (partial / "scienceqa" / "pid_splits.json").write_text(json.dumps(splits))
+    (partial / "recipe.json").write_text(json.dumps(recipe))
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+
+
+# --- how much of a caption is right
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A scene that no training data holds: its picture, its true caption, and questions with their answers."""
+
+    image: Path
+    scene: Scene
+    caption: str
+    questions: list[tuple[str, str]]
+
+
+def heldout(folder: Path) -> list[HeldOut]:
+    """The held-out scenes of the data that `prepare` wrote under `folder`."""
+    records = json.loads((Path(folder) / "heldout.json").read_text())
+    return [
+        HeldOut(Path(folder) / "images" / r["image"], tuple(Thing(**t) for t in r["scene"]), r["caption"],
+                [(q["question"], q["answer"]) for q in r["questions"]])
+        for r in records
+    ]  # fmt: skip
+
+
+def any_of(words) -> str:
+    return "(" + "|".join(sorted(words, key=len, reverse=True)) + ")"  # the longest first: top-left before top
+
+
+PHRASE = re.compile(
+    rf"(?:at the {any_of(PLACES)} )?an? {any_of(SIZES)} {any_of(COLOURS)} {any_of(SHAPES)}(?: at the {any_of(PLACES)})?"
+)
+
+
+def read_caption(text: str) -> list[tuple]:
+    """The things that a caption names -> (size, colour, shape, place or None) of each."""
+    return [(size, colour, shape, after or before or None)
+            for before, size, colour, shape, after in PHRASE.findall(text)]  # fmt: skip
+
+
+def caption_score(text: str, scene: Scene) -> dict[str, float]:
+    """How much of a scene a caption names right, per attribute, between 0 and 1.
+
+    True and named things are paired so that most agrees. Things not named count as wrong, and so do things invented:
+    each attribute's hits are divided by the larger of the two numbers.
+    """
+    named = read_caption(text)
+    truth = [(t.size, t.colour, t.shape, t.place) for t in scene]
+    n = max(len(named), len(truth))
+    if len(named) > 6:  # a runaway caption: its first things stand for it, the others count as invented
+        named = named[:6]
+    short, long = sorted((named, truth), key=len)
+    best = max(
+        ([sum(a[k] == b[k] for a, b in zip(short, order)) for k in range(4)] for order in itertools.permutations(long, len(short))),
+        key=sum,
+    )
+    return {attribute: hits / n for attribute, hits in zip(ATTRIBUTES, best)}
+
+
+def caption_scores(captions: list[str], scenes: list[Scene]) -> dict[str, float]:
+    """The mean of `caption_score` per attribute, and over the four as "all"."""
+    scores = [caption_score(*pair) for pair in zip(captions, scenes, strict=True)]
+    mean = {attribute: sum(s[attribute] for s in scores) / len(scores) for attribute in ATTRIBUTES}
+    return mean | {"all": sum(mean.values()) / len(mean)}
+
+
+def caption_report(before: list[str], after: list[str], swapped: list[str], held_out: list[HeldOut], samples: int = 4) -> str:
+    """What stage 1 prints at its end: a few captions before and after, and how much of them is right.
+
+    before, after: captions of each held-out picture by the untrained and the trained W; swapped: by the trained W,
+    but of another scene's picture (that of the next one in the list). Chance: the true captions of all the others.
+    """
+    scenes = [h.scene for h in held_out]
+    chance = [caption_scores([h.caption for h in held_out[i:] + held_out[:i]], scenes) for i in range(1, len(held_out), 7)]
+    rows = {"W untrained": caption_scores(before, scenes), "W trained": caption_scores(after, scenes),
+            "another scene's picture": caption_scores(swapped, scenes),
+            "chance (others' true captions)": {k: sum(c[k] for c in chance) / len(chance) for k in chance[0]}}  # fmt: skip
+    lines = []
+    for h, b, a in list(zip(held_out, before, after))[:samples]:
+        lines += [h.image.name, f"  truth   {h.caption}", f"  before  {' '.join(b.split())[:100]}", f"  after   {a}"]
+    lines += ["", f"attributes named right, {len(scenes)} held-out scenes".ljust(46) + "  size  colour  shape  place    all"]
+    for name, row in rows.items():
+        lines.append(f"  {name:44}" + "".join(f"{100 * row[k]:{w}.1f}" for k, w in zip(row, (6, 8, 7, 7, 7))))
+    return "\n".join(lines)
+
+
 # --- text alone, which the LLaMA reads before: the scene told in words where a picture would stand
 
 
@@ -387,22 +550,23 @@ def schedule(optimizer, step: int, steps: int, lr: float):
     return lr * rate
 
 
-def padded_attention(cu_seqlens, prefix) -> list:
-    """`model.flat_attention` after a prefix, as one call on a padded rectangle: faster for many short samples on a CPU."""
+def padded_attention(cu_seqlens, n_layers: int, prefix=None) -> list:
+    """`model.flat_attention`, as one product over a padded rectangle: faster for many short samples on a CPU."""
     import torch
 
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
-    B, T, S = len(lengths), int(lengths.max()), len(prefix[0][0])
+    B, T, S = len(lengths), int(lengths.max()), len(prefix[0][0]) if prefix else 0
     at = (torch.arange(T) < lengths[:, None]).nonzero(as_tuple=True)  # row and column of each flat position
     hidden = torch.full((T, S + T), -1e4).triu(S + 1)
 
     def attend(layer, *qkv):  # (N, H, hd) each
         q, k, v = (t.new_zeros(B, T, *t.shape[1:]).index_put(at, t).transpose(1, 2) for t in qkv)  # (B, H, T, hd)
-        k, v = (torch.cat([p.transpose(0, 1).expand(B, -1, -1, -1), t], 2) for p, t in zip(prefix[layer], (k, v)))
+        if prefix:
+            k, v = (torch.cat([p.transpose(0, 1).expand(B, -1, -1, -1), t], 2) for p, t in zip(prefix[layer], (k, v)))
         scores = (q / q.shape[-1] ** 0.5) @ k.transpose(2, 3) + hidden.to(q.dtype)  # (B, H, T, S+T)
         return (scores.softmax(-1, dtype=q.dtype) @ v).transpose(1, 2)[at]
 
-    return [lambda *qkv, layer=layer: attend(layer, *qkv) for layer in range(len(prefix))]
+    return [lambda *qkv, layer=layer: attend(layer, *qkv) for layer in range(n_layers)]
 
 
 def train_llama(sp, steps: int, batch_size: int, lr: float):
@@ -434,7 +598,7 @@ def train_llama(sp, steps: int, batch_size: int, lr: float):
             prefix = []  # keys and values of the system message: the same for all samples, so computed once
             one = torch.tensor([0, len(system)], dtype=torch.int32)
             llama(llama.tok_embeddings(system), positions(one), flat_attention(n_layers, one, keep=prefix))
-            attend = padded_attention(cu_seqlens, prefix)
+            attend = padded_attention(cu_seqlens, n_layers, prefix)
             x = llama(llama.tok_embeddings(ids), positions(cu_seqlens, len(system)), attend)
             is_target = green.nonzero().squeeze(1)
             loss = F.cross_entropy(llama.logits(x[is_target - 1]).float(), ids[is_target])
@@ -446,3 +610,77 @@ def train_llama(sp, steps: int, batch_size: int, lr: float):
         mean = loss.item() if mean is None else 0.95 * mean + 0.05 * loss.item()
         bar.set_postfix(loss=f"{mean:.3f}", lr=f"{rate:.1e}", refresh=False)
     return llama
+
+
+def neighbours(scene: Scene, n: int, dice: random.Random) -> list[Scene]:
+    """The scene and others that differ from it in one attribute of one thing: what a caption must tell apart."""
+    family = [scene]
+    while len(family) < n:
+        i, attribute = dice.randrange(len(scene)), dice.choice(list(ATTRIBUTES))
+        changed = replace(scene[i], **{attribute: dice.choice(ATTRIBUTES[attribute])})
+        other = in_order([*scene[:i], changed, *scene[i + 1 :]])
+        if is_scene(other) and not is_held_out(other) and other not in family:
+            family.append(other)
+    return family
+
+
+def train_vit(sp, steps: int, batch_size: int, lr: float):
+    """A ViT from noise by CLIP's contrastive loss on pictures and captions. The text encoder is thrown away.
+
+    Batches are made of families of four scenes that differ in one attribute, or else colours and places would do.
+    Returns the state dict under OpenAI's names, ln_post and proj included.
+    """
+    import numpy as np
+    import torch
+    import torch.nn as nn
+    import torch.nn.functional as F
+    from tqdm import trange
+
+    from model import LLaMA, LLaMAConfig, positions
+    from vision import VisionConfig, VisionTransformer, normalize
+
+    torch.manual_seed(SEED)
+    dice = random.Random(f"vit {SEED}")
+    width = VIT_SHAPE["width"]
+    vit = VisionTransformer(VisionConfig(**VIT_SHAPE), feature_layer=-1)
+    vit.ln_post = nn.LayerNorm(width)
+    vit.proj = nn.Parameter(torch.randn(width, width) / width**0.5)
+    for name, p in vit.named_parameters():
+        if p.dim() >= 2 and name != "proj":
+            nn.init.normal_(p, std=0.1 if "embedding" in name else p[0].numel() ** -0.5)
+        elif "embedding" in name:
+            nn.init.normal_(p, std=0.1)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
+    text = LLaMA(LLaMAConfig(**LLAMA_SHAPE | dict(n_layers=2)))
+    nn.init.normal_(text.tok_embeddings.weight, std=0.3)
+    scale = nn.Parameter(torch.tensor(2.3))
+    parameters = [*vit.parameters(), *text.parameters(), scale]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.05)
+    class_token = []
+    vit.transformer.resblocks[-1].register_forward_hook(lambda block, x, y: class_token.append(y[:, 0]))
+    bar, mean = trange(steps, desc="ViT", mininterval=2), None
+    for step in bar:
+        counts = (1,) if step < 0.15 * steps else (1, 2, 2, 3, 3)
+        scenes = [s for _ in range(batch_size // 4) for s in neighbours(draw_scene(dice, counts=counts), 4, dice)]
+        pixels = torch.from_numpy(np.stack([np.asarray(draw_picture(s, dice)) for s in scenes])).permute(0, 3, 1, 2)
+        captions = [sp.encode(caption(s, dice)) for s in scenes]
+        cu_seqlens = torch.tensor([0] + [len(ids) for ids in captions]).cumsum(0).int()
+        with torch.autocast("cpu", torch.bfloat16):
+            vit(normalize(pixels))
+            u = vit.ln_post(class_token.pop()) @ vit.proj  # (B, D)
+            x = text.tok_embeddings(torch.tensor(sum(captions, [])))
+            x = text(x, positions(cu_seqlens), padded_attention(cu_seqlens, len(text.layers)))
+            v = text.norm(x[cu_seqlens[1:].long() - 1])  # (B, D): at the last token of each caption
+        logits = F.normalize(u.float(), dim=-1) @ F.normalize(v.float(), dim=-1).T * scale.exp().clamp(max=100)
+        pairs = torch.arange(len(logits))
+        loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+        rate = schedule(optimizer, step, steps, lr)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        right = (logits.argmax(1) == pairs).float().mean().item()
+        mean = loss.item() if mean is None else 0.95 * mean + 0.05 * loss.item()
+        bar.set_postfix(loss=f"{mean:.3f}", right=f"{right:.0%}", lr=f"{rate:.1e}", refresh=False)
+    return {f"visual.{name}": p.detach() for name, p in vit.state_dict().items()}

@@ -273,9 +273,11 @@ class LLaVA(nn.Module):
         # masked_scatter, not a write in place: with no picture it is the identity and W still gets its (zero) gradient.
         return x.masked_scatter(at_patch[:, None], H_v.to(x.dtype).flatten(0, 1))
 
-    @torch.no_grad()
     def read_prefix(self, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of text (S,) that every sample starts with, per layer; as constant as the LLaMA is."""
+        """Keys and values (S, K, hd) per layer of the text ids (S,) that every sample starts with.
+
+        They are as constant as the LLaMA is: in stage 1 and in use they are computed once, in stage 2 once a batch.
+        """
         keep = []
         cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32, device=ids.device)
         attend = flat_attention(len(self.llama.layers), cu_seqlens, keep=keep)
@@ -286,11 +288,14 @@ class LLaVA(nn.Module):
         """Eq. 3: the loss of the green tokens, as (sum of their negative log likelihoods, their count).
 
         ids (N,) int64 and green (N,) bool of the flat batch, cu_seqlens (B+1,) int32, pixels as in `embed`.
-        prefix: from `read_prefix`, if its tokens have been left off every sample.
+        prefix: what `read_prefix` returned for the ids that have been left off every sample; or those ids themselves,
+        (S,) int64, to be read here so that the gradient of the LLaMA reaches them.
 
         The two travel apart: the sum over micro-batches and ranks is divided once, by the count over all of them,
         so that the gradient does not depend on how a global batch is cut up.
         """
+        if isinstance(prefix, torch.Tensor):
+            prefix = self.read_prefix(prefix)
         S = 0 if prefix is None else len(prefix[0][0])
         attend = flat_attention(len(self.llama.layers), cu_seqlens, prefix)
         x = self.llama(self.embed(ids, pixels), positions(cu_seqlens, S), attend)  # (N, dim)

@@ -279,6 +279,8 @@ def train(a, rank: int, world: int, device: torch.device):
         green, tokens, cut, bad, asked = summed(green, tokens, step.cut, len(step.errors), interrupt.asked, device=device)
         if asked:
             break
+        if bad or not green:
+            save(t)  # what has been learnt is not lost
         if bad:
             raise UserError(f"step {t + 1}: " + "; ".join(gathered(step.errors)))
         if not green:
@@ -341,3 +343,5 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         raise SystemExit(f"error: {error}")
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT)

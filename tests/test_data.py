@@ -240,6 +240,32 @@ def test_an_epoch_is_a_seeded_permutation_that_can_be_entered_anywhere(sp, folde
     assert steps(sp, folder, numbered)[4].ids == seen[4]
 
 
+def test_uniform_sampling_draws_the_types_alike_and_none_twice_before_all():
+    types = np.array([0] * 3000 + [1] * 600 + [2] * 400)
+    samples = data.order(types, epoch=0, seed=5, sampling="uniform")
+    assert len(samples) == 4000 and (samples == data.order(types, 0, 5, "uniform")).all()
+    assert (samples != data.order(types, 1, 5, "uniform")).any()
+    for kind in range(3):
+        mine = samples[types[samples] == kind]
+        assert abs(len(mine) - 4000 / 3) < 180  # six standard deviations of a binomial: false alarm under 1e-8
+        size = int((types == kind).sum())
+        for start in range(0, len(mine), size):
+            assert len(np.unique(mine[start : start + size])) == len(mine[start : start + size])
+    assert sorted(data.order(types, 0, 5)) == list(range(4000))
+
+
+def test_response_types_come_from_the_files_or_from_one_file_by_content(tmp_path):
+    def sample(question, answers=1):
+        return {"conversations": [{"from": "human", "value": question}, TURNS[1]] * answers}
+
+    talk, detail = [sample(f"Q{i}?", 2) for i in range(5)], [sample("Describe it in detail.") for _ in range(4)]
+    reason = [sample(f"Why {i}?") for i in range(3)]
+    one = data.Examples([write(tmp_path / "all.json", detail + talk + reason)])
+    assert one.types().tolist() == [1] * 4 + [0] * 5 + [2] * 3
+    three = data.Examples([write(tmp_path / f"{i}.json", part) for i, part in enumerate((talk, detail, reason))])
+    assert three.types().tolist() == [0] * 5 + [1] * 4 + [2] * 3
+
+
 def test_a_process_without_a_sample_still_has_a_batch(sp, folder):
     step = steps(sp, folder, captions(1), world=2, rank=1)[0]
     (batch,) = step.batches

@@ -1,0 +1,338 @@
+"""train.py: the schedule, what trains, that no way of cutting up a batch changes it, interruption, bad input.
+
+The runs are real ones of the command line, on tiny random backbones written as raw checkpoints.
+"""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+import checkpoint
+import data
+import train
+from conversation import UserError, load_tokenizer, system_ids
+from demo import LLAMA as DEMO_LLAMA
+from model import LLaMA, LLaMAConfig
+from vision import VisionConfig, VisionTransformer
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with a tiny raw LLaMA (the demo's tokenizer), a tiny ViT, 30 captioned pictures of two lengths."""
+    folder = tmp_path_factory.mktemp("inputs")
+    torch.manual_seed(0)
+    sizes = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48)
+    vocab_size = load_tokenizer(DEMO_LLAMA / "tokenizer.model").vocab_size()
+    checkpoint.save_llama(LLaMA(LLaMAConfig(vocab_size=vocab_size, **sizes)), folder / "llama")
+    (folder / "llama/tokenizer.model").write_bytes((DEMO_LLAMA / "tokenizer.model").read_bytes())
+    vit = VisionTransformer(VisionConfig(image_size=32, patch_size=8, width=64, layers=2), feature_layer=-1)
+    for p in vit.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    torch.save({f"visual.{name}": p for name, p in vit.state_dict().items()}, folder / "vit.pt")
+    (folder / "images").mkdir()
+    for i in range(30):
+        Image.radial_gradient("L").rotate(12 * i).resize((40 + i, 50)).save(folder / f"images/{i}.png")
+    records = [{"image": f"{i}.png", "caption": "a big red circle at the left" + " and more of it" * (i % 4)} for i in range(30)]
+    (folder / "captions.json").write_text(json.dumps(records))
+    return folder
+
+
+def flags(inputs, out, **changes):
+    given = dict(stage=1, llama=inputs / "llama", vision=inputs / "vit.pt", data=inputs / "captions.json",
+                 images=inputs / "images", out=out, batch_size=8, epochs=1, workers=0, **changes)  # fmt: skip
+    return [str(x) for name, value in given.items() if value is not None for x in (f"--{name.replace('_', '-')}", value)]
+
+
+def run(arguments, processes=0, expect=0):
+    """Runs train.py as a user does; 0 processes: without torchrun."""
+    launcher = [sys.executable]
+    if processes:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, "train.py", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == expect, done.stderr
+    return done
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def in_process(arguments):
+    """train.main() of these arguments, without its signal handlers left behind."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    argv, sys.argv = sys.argv, ["train.py", *arguments]
+    try:
+        train.main()
+    finally:
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+# --- the schedule
+
+
+def test_schedule_is_cosine_with_warmup():
+    steps, peak = 200, 2e-3
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)
+    reference = transformers.get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=6, num_training_steps=steps)
+    for step in range(steps):
+        expected = reference.get_last_lr()[0]
+        if step < 6:  # the reference spends its first step at a rate of 0; here the first is a sixth of the peak
+            expected += peak / 6
+        assert train.learning_rate(step, steps, peak, 0.03) == pytest.approx(expected, rel=1e-9)
+        optimizer.step()
+        reference.step()
+
+
+# --- what trains, and how much
+
+
+def test_stage_1_trains_w_and_changes_no_other_bit(inputs, tmp_path, monkeypatch):
+    start, build = {}, checkpoint.build
+
+    def build_and_remember(*args):
+        start["model"] = build(*args)
+        start["weights"] = {name: w.clone() for name, w in start["model"].state_dict().items()}
+        return start["model"]
+
+    monkeypatch.setattr(checkpoint, "build", build_and_remember)
+    in_process(flags(inputs, tmp_path / "run", lr=0.01))
+    after = start["model"].state_dict()
+    assert [name for name in after if not torch.equal(after[name], start["weights"][name])] == ["projector.weight"]
+    assert len(metrics(tmp_path / "run")) == 4  # 30 samples, 8 a step
+
+
+def test_the_gradient_does_not_depend_on_how_a_global_batch_is_cut_up(inputs, tmp_path):
+    """8 samples in one process, in two processes of 4, in micro-batches of one or two: after one step AdamW's first
+    moment is a tenth of the (clipped) gradient."""
+    results = {}
+    for name, processes, tokens in (("one", 0, 10**6), ("micro", 0, 130), ("two", 2, 10**6), ("both", 2, 130), ("torchrun", 1, 10**6)):
+        out = tmp_path / name
+        run(flags(inputs, out, max_steps=1, micro_batch_tokens=tokens), processes)
+        moment = checkpoint.load_state(out)["optimizer"]["state"][0]["exp_avg"]
+        results[name] = (metrics(out)[0], moment, torch.load(out / "projector.pth", weights_only=True)["weight"])
+    line, moment, weight = results.pop("one")
+    assert moment.norm() > 0
+    for other_line, other_moment, other_weight in results.values():
+        for key in ("loss", "grad_norm", "green_tokens", "tokens", "lr"):
+            assert other_line[key] == pytest.approx(line[key], rel=1e-5)
+        assert (other_moment - moment).norm() < 1e-5 * moment.norm()
+        torch.testing.assert_close(other_weight, weight, rtol=1e-4, atol=1e-5)
+
+
+def test_training_lowers_the_loss_and_repeats_itself_by_seed(inputs, tmp_path):
+    losses = {}
+    for name, seed, workers in (("a", 0, 0), ("again", 0, 2), ("other", 1, 0)):
+        in_process(flags(inputs, tmp_path / name, lr=0.03, seed=seed, **{"max_steps": 12}) + ["--epochs", "4", "--workers", str(workers)])
+        losses[name] = [line["loss"] for line in metrics(tmp_path / name)]
+    assert losses["a"] == losses["again"] != losses["other"]
+    assert losses["a"][-1] < losses["a"][0] - 0.1
+
+
+def test_bf16_autocast_is_near_fp32(inputs, tmp_path):
+    for precision in ("bf16", "fp32"):
+        in_process(flags(inputs, tmp_path / precision, precision=precision, max_steps=3))
+    for a, b in zip(metrics(tmp_path / "bf16"), metrics(tmp_path / "fp32")):
+        assert a["loss"] != b["loss"] and a["loss"] == pytest.approx(b["loss"], rel=0.02)
+
+
+def test_activation_checkpointing_and_compiling_change_nothing(inputs, tmp_path):
+    lines = {}
+    for name in ("plain", "--checkpoint-activations"):
+        in_process(flags(inputs, tmp_path / name.strip("-"), max_steps=2) + [name] * (name != "plain"))
+        lines[name] = metrics(tmp_path / name.strip("-"))[1]
+    assert lines["plain"]["loss"] == pytest.approx(lines["--checkpoint-activations"]["loss"], rel=1e-6)
+
+
+# --- the run directory
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_end(inputs, tmp_path, processes):
+    arguments = flags(inputs, tmp_path / "whole") + ["--epochs", "12"]
+    run(arguments, processes)
+    out = tmp_path / "broken"
+    arguments[arguments.index("--out") + 1] = str(out)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen([sys.executable, *launcher, "train.py", *arguments], cwd=ROOT, env=environment,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    while child.poll() is None and not ((out / "metrics.jsonl").is_file() and len(metrics(out)) >= 5):
+        time.sleep(0.02)
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to all of them
+    stderr = child.communicate(timeout=60)[1]
+    assert child.returncode != 0 and (processes or "Traceback" not in stderr), stderr
+    done = len(metrics(out))
+    assert 5 <= done < 48 and checkpoint.load_state(out)["step"] == done
+    assert torch.load(out / "projector.pth", weights_only=True)["weight"].isfinite().all()
+    run(arguments, processes)
+    expected, got = ([{k: v for k, v in line.items() if k != "seconds"} for line in metrics(o)] for o in (tmp_path / "whole", out))
+    assert got == expected
+    weights = [torch.load(o / "projector.pth", weights_only=True)["weight"] for o in (tmp_path / "whole", out)]
+    assert torch.equal(*weights)
+
+
+def test_a_finished_run_is_left_alone_and_other_settings_are_refused(inputs, tmp_path):
+    arguments = flags(inputs, tmp_path, max_steps=2)
+    in_process(arguments)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    in_process(arguments)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    with pytest.raises(UserError, match="begun with --lr 0.002, now it is 0.5.*--no-resume"):
+        in_process(arguments + ["--lr", "0.5"])
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    in_process(arguments + ["--lr", "0.5", "--no-resume"])
+    assert metrics(tmp_path)[0]["lr"] == 0.5
+
+
+def test_a_projector_can_be_started_from(inputs, tmp_path):
+    W = torch.randn(32, 64)
+    torch.save({"model.mm_projector.weight": W, "model.mm_projector.bias": torch.randn(32)}, tmp_path / "mm_projector.bin")
+    in_process(flags(inputs, tmp_path / "run", max_steps=1, lr=0.0, projector=tmp_path / "mm_projector.bin"))
+    saved = torch.load(tmp_path / "run/projector.pth", weights_only=True)
+    assert torch.equal(saved["weight"], W) and "bias" in saved
+
+
+# --- bad input: one line, a non-zero exit, nothing harmed
+
+
+def break_input(inputs, tmp_path, what):
+    """A copy of the flags with one thing broken -> (flags, what the error must say)."""
+    bad = tmp_path / what
+    if what == "no llama":
+        return dict(llama=bad), f"{bad}"
+    if what == "no vision":
+        return dict(vision=bad), f"{bad}"
+    if what == "no data":
+        return dict(data=bad), f"{bad}: cannot be read"
+    if what == "no images":
+        return dict(images=bad), "--images"
+    if what == "images not given":
+        return dict(images=None), "--images"
+    if what == "a truncated checkpoint":
+        copy_llama(inputs, bad)
+        weights = (bad / "consolidated.00.pth").read_bytes()
+        (bad / "consolidated.00.pth").write_bytes(weights[: len(weights) // 2])
+        return dict(llama=bad), "consolidated.00.pth"
+    if what == "a pickle with code":
+        bad.write_bytes(pickle.dumps(Bomb(str(tmp_path / "exploded"))))
+        return dict(vision=bad), str(bad)
+    if what == "a checkpoint with code":
+        copy_llama(inputs, bad)
+        torch.save({"norm.weight": Bomb(str(tmp_path / "exploded"))}, bad / "consolidated.00.pth")
+        return dict(llama=bad), "consolidated.00.pth"
+    if what == "another shape":
+        copy_llama(inputs, bad)
+        params = json.loads((bad / "params.json").read_text())
+        (bad / "params.json").write_text(json.dumps({**params, "n_layers": 3}))
+        return dict(llama=bad), "layers.2"
+    if what == "a projector of another shape":
+        torch.save({"weight": torch.zeros(32, 48)}, bad)
+        return dict(projector=bad), "48"
+    if what == "bad JSON":
+        bad.write_text('[{"image": "0.png",\n "caption" "x"}]')
+        return dict(data=bad), "line 2, column 12"
+    if what == "a picture that is not there":
+        bad.write_text(json.dumps([{"id": "s7", "image": "gone.png", "caption": "x"}]))
+        return dict(data=bad), "sample s7: picture gone.png"
+    if what == "a broken picture":
+        (tmp_path / "pics").mkdir()
+        (tmp_path / "pics/x.png").write_bytes((inputs / "images/0.png").read_bytes()[:100])
+        bad.write_text(json.dumps([{"id": "s8", "image": "x.png", "caption": "x"}]))
+        return dict(data=bad, images=tmp_path / "pics"), "sample s8: picture x.png: not a readable picture"
+    if what == "a picture bomb":
+        with zipfile.ZipFile(tmp_path / "pics.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            header = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + (60000).to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00"
+            archive.writestr("x.png", header + __import__("zlib").crc32(header[12:]).to_bytes(4, "big") + b"\0\0\0\0IDAT\x35\xaf\x06\x1e")
+        bad.write_text(json.dumps([{"id": "s9", "image": "x.png", "caption": "x"}]))
+        return dict(data=bad, images=tmp_path / "pics.zip"), "sample s9: picture x.png: 60000x60000"
+    if what == "no green token":
+        shortest = len(system_ids(load_tokenizer(inputs / "llama/tokenizer.model"))) + 16 + 2
+        return dict(max_length=shortest), "no green token"
+    if what == "no room for a picture":
+        return dict(max_length=40), "--max-length 40"
+    if what == "an out that is a file":
+        bad.write_text("")
+        return dict(out=bad), str(bad)
+    raise AssertionError(what)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def copy_llama(inputs, to):
+    to.mkdir()
+    for path in (inputs / "llama").iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+
+
+BROKEN = ["no llama", "no vision", "no data", "no images", "images not given", "a truncated checkpoint", "a pickle with code",
+          "a checkpoint with code", "another shape", "a projector of another shape", "bad JSON", "a picture that is not there",
+          "a broken picture", "a picture bomb", "no green token", "no room for a picture", "an out that is a file"]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_bad_input_ends_in_one_clear_line(inputs, tmp_path, what):
+    changes, message = break_input(inputs, tmp_path, what)
+    arguments = flags(inputs, tmp_path / "run")
+    for name, value in changes.items():
+        arguments += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+        if value is None:
+            at = arguments.index(f"--{name}")
+            del arguments[at : at + 2]
+    with pytest.raises(UserError) as error:
+        in_process(arguments)
+    assert message in str(error.value) and "\n" not in str(error.value), error.value
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_the_middle_of_a_run_harms_nothing_written_and_is_one_line(inputs, tmp_path, workers):
+    (tmp_path / "pics").mkdir()
+    for path in (inputs / "images").iterdir():
+        (tmp_path / "pics" / path.name).write_bytes(path.read_bytes())
+    out = tmp_path / "run"
+    arguments = flags(inputs, out) + ["--images", str(tmp_path / "pics"), "--save-every", "2", "--workers", str(workers)]
+    victim = f"{data.order(range(30), epoch=0, seed=0)[24]}.png"  # the first sample of step 4
+    (tmp_path / "pics" / victim).write_bytes(b"no picture")
+    done = run(arguments, expect=1)
+    assert "Traceback" not in done.stderr and f"error: step 4: sample {victim}: picture {victim}: not a readable" in done.stderr
+    assert len(metrics(out)) == 3 and checkpoint.load_state(out)["step"] == 3
+    (tmp_path / "pics" / victim).write_bytes((inputs / "images" / victim).read_bytes())
+    run(arguments)
+    assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--data", "x.json"], "--llama and --vision missing"),
+        (["--images", "x"], "--images and --projector go with"),
+        (["--batch-size", "0"], "--batch-size 0: must be 1 or more"),
+        (["--lr", "-1"], "--lr -1.0: must not be negative"),
+        (["--warmup-ratio", "2"], "--warmup-ratio 2.0: must lie in 0..1"),
+    ],
+)
+def test_wrong_flags_are_refused_in_one_line(arguments, message):
+    with pytest.raises(UserError, match=message):
+        train.parse_arguments(["--stage", "1", *arguments])
