@@ -1,21 +1,21 @@
-"""Published weights in, run directories and training state in and out.
+"""Published weights in (by name tables, strictly); run directories and training state in and out.
 
-    load_llama    Meta's raw folder (any number of model-parallel files) or a Hugging Face folder
-    load_vision   OpenAI's CLIP archive (ViT-L-14.pt), a Hugging Face CLIP folder, or the demo's file
+    load_llama                  Meta's raw folder, of any number of model-parallel files, or a Hugging Face folder
+    load_vision                 OpenAI's CLIP archive (ViT-L-14.pt), a Hugging Face CLIP folder, or the demo's file
     load_projector, build       W, and the three parts put together
     save_run, load_run          a run directory: all that is needed to use what was trained
-    save_state, load_state      what is needed to train on
+    save_state, load_state      all that is needed to train on
 
-Weights come in by tables, old name -> new name, None for what is knowingly dropped, and strictly: every name and
-every shape is accounted for. Files are mapped into memory, not read, and converted one parameter at a time into a
-model built without memory (on the "meta" device), so that the peak stays near the size of the weights.
-
-What others wrote stays data: no pickled code ever runs. What we write appears whole or not at all.
+Files are mapped into memory and converted one parameter at a time into a model built without memory (on the "meta"
+device), so the peak stays near the size of the weights. What others wrote stays data: no pickled code ever runs.
+What is written here appears whole or not at all.
 """
 
 import contextlib
 import ctypes
+import dataclasses
 import hashlib
+import io
 import json
 import math
 import mmap
@@ -23,9 +23,7 @@ import os
 import pickle
 import re
 import shutil
-import warnings
 import zipfile
-from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -35,37 +33,115 @@ from conversation import UserError, load_tokenizer
 from model import LLaMA, LLaMAConfig, LLaVA, Projection
 from vision import FEATURE_LAYER, HEAD_DIM, VisionConfig, VisionTransformer
 
-# --- files: written whole or not at all, read without trust
+# --- names: old -> new, None = knowingly dropped. N is a layer's number, * any rest of a name; the first row that fits
+# counts. Rows with the same new name are parts of one tensor, in this order.
+
+RAW_LLAMA = {
+    "rope.freqs": None,  # RoPE's angles are computed
+    "layers.N.attention.inner_attention.rope.freqs": None,
+    "*": "*",
+}
+HF_LLAMA = {
+    "model.embed_tokens.weight": "tok_embeddings.weight",
+    "model.layers.N.input_layernorm.weight": "layers.N.attention_norm.weight",
+    "model.layers.N.self_attn.q_proj.weight": "layers.N.attention.wq.weight",
+    "model.layers.N.self_attn.k_proj.weight": "layers.N.attention.wk.weight",
+    "model.layers.N.self_attn.v_proj.weight": "layers.N.attention.wv.weight",
+    "model.layers.N.self_attn.o_proj.weight": "layers.N.attention.wo.weight",
+    "model.layers.N.self_attn.rotary_emb.inv_freq": None,
+    "model.layers.N.post_attention_layernorm.weight": "layers.N.ffn_norm.weight",
+    "model.layers.N.mlp.gate_proj.weight": "layers.N.feed_forward.w1.weight",
+    "model.layers.N.mlp.down_proj.weight": "layers.N.feed_forward.w2.weight",
+    "model.layers.N.mlp.up_proj.weight": "layers.N.feed_forward.w3.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "output.weight",
+}
+OPENAI_CLIP = {
+    "visual.ln_post.*": None,  # what comes after the grid features
+    "visual.proj": None,
+    "visual.*": "*",
+    "transformer.*": None,  # the text tower, down to the end
+    "token_embedding.weight": None,
+    "positional_embedding": None,
+    "ln_final.*": None,
+    "text_projection": None,
+    "logit_scale": None,
+    "input_resolution": None,
+    "context_length": None,
+    "vocab_size": None,
+}
+HF_CLIP = {  # after the prefix `vision_model.`, which transformers 5 leaves off
+    "embeddings.class_embedding": "class_embedding",
+    "embeddings.patch_embedding.weight": "conv1.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.position_ids": None,
+    "pre_layrnorm.*": "ln_pre.*",
+    "encoder.layers.N.layer_norm1.*": "transformer.resblocks.N.ln_1.*",
+    "encoder.layers.N.self_attn.q_proj.*": "transformer.resblocks.N.attn.in_proj_*",
+    "encoder.layers.N.self_attn.k_proj.*": "transformer.resblocks.N.attn.in_proj_*",
+    "encoder.layers.N.self_attn.v_proj.*": "transformer.resblocks.N.attn.in_proj_*",
+    "encoder.layers.N.self_attn.out_proj.*": "transformer.resblocks.N.attn.out_proj.*",
+    "encoder.layers.N.layer_norm2.*": "transformer.resblocks.N.ln_2.*",
+    "encoder.layers.N.mlp.fc1.*": "transformer.resblocks.N.mlp.c_fc.*",
+    "encoder.layers.N.mlp.fc2.*": "transformer.resblocks.N.mlp.c_proj.*",
+    "post_layernorm.*": None,
+    "visual_projection.weight": None,
+    "text_model.*": None,
+    "text_projection.weight": None,
+    "logit_scale": None,
+}
+PROJECTOR = {"model.mm_projector.*": "*", "*": "*"}  # the original's mm_projector.bin, our projector.pth
+
+# Model-parallel files hold slices of a matrix's outputs (dim 0) or inputs (dim 1), and equal copies of the norms.
+SHARD_DIM = {
+    "wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "tok_embeddings": 1, "output": 0,
+    "attention_norm": None, "ffn_norm": None, "norm": None,
+}  # fmt: skip
+# Settings of params.json (all that LLaMA 1 and 2 have), and Hugging Face's names of what LLaMAConfig holds.
+PARAMS = {"dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps", "vocab_size",
+          "rope_theta"}  # fmt: skip
+HF_CONFIG = {
+    "hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads", "intermediate_size": "ffn_dim", "vocab_size": "vocab_size",
+    "rms_norm_eps": "norm_eps", "rope_theta": "rope_theta",
+}  # fmt: skip
+
+
+# --- files
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write. When the block ends well it becomes `path`; else it is removed and the old `path` is unharmed."""
+    """A file to write; when the block ends well it becomes `path`, else it is removed and the old `path` is unharmed."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # in the same folder: a rename is atomic only within a disk
+    temporary = path.with_name(f".{path.name}.tmp")  # in the same folder: only within a disk is a rename atomic
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # on the disk before it gets its name
+            os.fsync(file.fileno())  # the content is on the disk before the name is
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         free = shutil.disk_usage(path.parent).free // 2**20 if path.parent.is_dir() else 0
-        reason = str(error).split("\n")[0][:150]
-        raise UserError(f"{path}: not written ({reason}; {free} MiB free there); what was there before is unharmed") from None
+        raise UserError(f"{path}: could not be written ({reason(error)}; {free} MiB are free there); free some space or "
+                        "choose another place; what was there before is unharmed") from None  # fmt: skip
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder):
-    """Makes renames in a folder last through a power cut."""
+    """Makes the renames in a folder outlast a power cut."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".split("\n")[0][:150]
 
 
 def write_json(path, data):
@@ -75,16 +151,14 @@ def write_json(path, data):
 
 
 def read_json(path, kind=object):
-    """kind: dict or list, if nothing else will do. Raises UserError with the position of what is not JSON."""
+    """kind: dict or list, where nothing else will do. Raises UserError with the position of what is not JSON."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{path}: not JSON at {place} ({error.msg}); is the file complete?") from None
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({str(error)[:100]})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({reason(error)})") from None
     if not isinstance(data, kind):
         raise UserError(f"{path}: holds a JSON {type(data).__name__}, expected a {kind.__name__}")
     return data
@@ -92,66 +166,74 @@ def read_json(path, kind=object):
 
 def save_tensors(path, data):
     """torch.save of tensors and plain Python values."""
-    with replacing(path) as file:  # a file, not its name: the name would become part of the content
+    with replacing(path) as file:  # a file, not its name: torch.save would write the temporary name into the content
         torch.save(data, file)
 
 
 def load_tensors(path):
-    """What torch.save wrote, on the CPU and memory mapped; tensors and plain values only, no code is run.
+    """What torch.save wrote (or the tensors of a TorchScript or .safetensors file), on the CPU, memory mapped.
 
-    The mapping is private: writing into a tensor changes neither the file nor what other processes see.
+    Tensors and plain values only: no code runs, whatever the file holds. The mapping is private: a write into a
+    tensor changes neither the file nor what other processes see of it. Raises UserError, saying what is wrong.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    with open(path, "rb") as file:
-        head = file.read(64)
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: only a Git LFS pointer to the weights; get them with `git lfs pull`")
-    zipped = head.startswith(b"PK\x03\x04")
-    if zipped and not zipfile.is_zipfile(path):  # its table of contents is at its end
-        raise UserError(f"{path}: truncated, {path.stat().st_size} bytes are there; copy or download it again")
-    if not zipped and not head.startswith(b"\x80"):  # a bare pickle: PyTorch's format before 1.6
-        raise UserError(f"{path}: not a PyTorch file (it begins with {head[:12]!r})")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a TorchScript archive raises as well
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # damaged pickles raise nearly anything
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: only a Git LFS pointer to the file; fetch the file itself with `git lfs pull`")
+    zipped = head.startswith(b"PK\x03\x04")
+    if zipped and not zipfile.is_zipfile(path):  # a zip's table of contents is at its end
+        raise UserError(f"{path}: truncated (only {os.path.getsize(path)} bytes are there); copy or download it again")
+    try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}
+        if zipped and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+            return TorchScriptReader(path).load().tensors()
+        if not zipped and not head.startswith(b"\x80"):  # a bare pickle is PyTorch's format before 1.6
+            raise ValueError(f"it begins with {head[:12]!r}")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except ImportError:
+        raise UserError(f"{path}: to read it, pip install safetensors") from None
+    except Exception as error:  # damaged files raise nearly anything
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
-            raise UserError(f"{path}: holds Python code or objects ({code[1]}), which are never loaded; "
-                            "get the weights as plain tensors") from None  # fmt: skip
-        reason = str(error).strip().split("\n")[0][:150]
-        raise UserError(f"{path}: damaged, or not tensors ({type(error).__name__}: {reason}); copy it again") from None
+            raise UserError(f"{path}: holds Python objects ({code[1]}), which are never loaded, for they can run code; "
+                            "get its weights as a plain dict of tensors") from None  # fmt: skip
+        raise UserError(f"{path}: damaged or not weights ({reason(error)}); copy or download it again") from None
 
 
 class Holder:
     """Stands for every class that a TorchScript archive names: keeps the attributes, runs nothing."""
 
-    attributes: dict = {}
+    attributes = {}
 
     def __init__(self, *_):
         pass
 
-    def __setstate__(self, state):
-        self.attributes = state if isinstance(state, dict) else {}
+    def __setstate__(self, attributes: dict):
+        self.attributes = attributes
 
-    def tensors(self, prefix="") -> dict[str, torch.Tensor]:
-        found, (attributes, self.attributes) = {}, (self.attributes, {})  # emptied: no object is visited twice
+    def tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        found, attributes = {}, self.attributes
+        self.attributes = {}  # nothing is visited twice, so a loop of references ends
         for name, value in attributes.items():
             if isinstance(value, torch.Tensor):
-                found[f"{prefix}{name}"] = value
+                found[prefix + name] = value
             elif isinstance(value, Holder):
                 found |= value.tensors(f"{prefix}{name}.")
         return found
 
 
 class TorchScriptReader(pickle.Unpickler):
-    """Reads a TorchScript archive (a zip of `data.pkl`, each tensor's bytes, and code) for its tensors alone.
+    """Reads a TorchScript archive (a zip of data.pkl, a file per tensor, and code) for its tensors alone.
 
-    torch.jit.load would compile the archive's code. Here a name in the pickle becomes a Holder, a dtype or
-    `rebuild`; any other is refused. Tensors are slices of the mapped file.
+    torch.jit.load would compile and run code of the archive. Here a name in the pickle can only become a Holder, a
+    dtype or `rebuild`; any other is refused.
     """
 
     DTYPES = {"HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
@@ -159,19 +241,14 @@ class TorchScriptReader(pickle.Unpickler):
 
     def __init__(self, path):
         self.archive = zipfile.ZipFile(path)
-        self.root = next(n for n in self.archive.namelist() if n.endswith("/data.pkl")).removesuffix("data.pkl")
-        self.bytes = torch.UntypedStorage.from_file(str(path), False, os.path.getsize(path))  # private mapping
-        start, stop = self.place("data.pkl")
-        super().__init__(BytesIO(bytes(self.bytes[start:stop])))
+        self.root = next(name for name in self.archive.namelist() if name.endswith("/data.pkl"))[: -len("data.pkl")]
+        super().__init__(io.BytesIO(self.read("data.pkl")))
 
-    def place(self, name) -> tuple[int, int]:
-        """Where an entry's bytes are in the archive: after its 30 bytes of header, its name and an extra field."""
+    def read(self, name) -> bytearray:
         entry = self.archive.getinfo(self.root + name)
         if entry.compress_type != zipfile.ZIP_STORED:
-            raise pickle.UnpicklingError(f"{name} is compressed")
-        header = bytes(self.bytes[entry.header_offset : entry.header_offset + 30])
-        start = entry.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:], "little")
-        return start, start + entry.file_size
+            raise ValueError(f"{name} is compressed")  # PyTorch never does: a zip bomb
+        return bytearray(self.archive.read(entry))
 
     def find_class(self, module, name):
         if module.split(".")[0] == "__torch__" or module == "torch.jit._pickle" or name == "OrderedDict":
@@ -180,47 +257,404 @@ class TorchScriptReader(pickle.Unpickler):
             return self.DTYPES[name]
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return self.rebuild
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
 
     def persistent_load(self, pid):
         _, dtype, key, *_ = pid  # ("storage", dtype, key, device, numel)
-        start, stop = self.place(f"data/{key}")
-        return dtype, self.bytes[start:stop]
+        return torch.frombuffer(self.read(f"data/{key}"), dtype=dtype).clone()  # memory of PyTorch's own
 
-    def rebuild(self, storage, offset, size, stride, *_):
-        dtype, data = storage
-        return torch.empty(0, dtype=dtype).set_(data, offset, size, stride)
+    def rebuild(self, data, offset, size, stride, *_):
+        return data.as_strided(size, stride, offset)  # checks the bounds
 
 
-def load_weights(path) -> dict[str, torch.Tensor]:
-    """Names and tensors of a PyTorch file, a TorchScript archive or a .safetensors file, memory mapped."""
-    path = Path(path)
-    torchscript = zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist())
-    if path.suffix == ".safetensors" or torchscript:
-        try:
-            if torchscript:
-                return TorchScriptReader(path).load().tensors()
-            from safetensors import safe_open
-
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}
-        except ImportError:
-            raise UserError(f"{path}: needs the package safetensors; pip install safetensors") from None
-        except Exception as error:
-            reason = f"{type(error).__name__}: {str(error)[:150]}"
-            raise UserError(f"{path}: truncated, damaged or not plain weights ({reason}); copy it again") from None
-    weights = load_tensors(path)
-    if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
-        raise UserError(f"{path}: expected names and tensors, as torch.save(model.state_dict()) writes them")
-    return {str(name): tensor.detach() for name, tensor in weights.items()}
+def load_folder(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a Hugging Face folder: of the one file, or of those that the index names."""
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        index, files = folder / f"{name}.index.json", [name]
+        if index.is_file():
+            places = read_json(index, dict).get("weight_map")
+            files = sorted(map(str, set(places.values()))) if isinstance(places, dict) else [""]
+            if any(file != Path(file).name or not file for file in files):
+                raise UserError(f"{index}: expected a weight_map from names to files of this folder")
+        elif not (folder / name).is_file():
+            continue
+        return {key: tensor for file in files for key, tensor in load_tensors(folder / file).items()}
+    raise UserError(f"{folder}: expected pytorch_model.bin or model.safetensors, or the index JSON of its parts")
 
 
 def checksum(path) -> str:
-    """sha256 of a file, or of a Hugging Face folder's config.json and weights."""
-    path, digest = Path(path), hashlib.sha256()
-    inside = sorted(p for p in path.iterdir() if p.name == "config.json" or p.suffix in (".bin", ".safetensors"))\
-        if path.is_dir() else [path]
-    for part in inside:
-        with open(part, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest() if path.is_dir() else b"")
+    """sha256 of a file, or of a Hugging Face folder: of its config.json and weights, in the order of their names."""
+    digest, path = hashlib.sha256(), Path(path)
+    for part in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if part == path or part.name == "config.json" or part.suffix in (".bin", ".safetensors"):
+            with open(part, "rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
     return digest.hexdigest()
+
+
+# --- named tensors -> a model's parameters
+
+
+def translate(weights, table: dict, path) -> dict[str, list[torch.Tensor]]:
+    """{new name: its parts, in the table's order}. Raises UserError on a name that the table does not have."""
+    if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise UserError(f"{path}: expected a dict of tensors, as torch.save(model.state_dict(), file) writes it")
+    parts, unknown = {}, {str(name): tensor.detach() for name, tensor in weights.items()}
+    for old, new in table.items():
+        pattern = re.escape(old).replace(r"\.N\.", r"\.([0-9]{1,4})\.").replace(r"\*", "(.*)")
+        for match in [match for name in unknown if (match := re.fullmatch(pattern, name))]:
+            tensor, groups = unknown.pop(match[0]), iter(match.groups())
+            if new is not None:
+                name = re.sub(r"(?<=\.)N(?=\.)|\*", lambda _: next(groups), new)
+                parts.setdefault(name, []).append(tensor)
+    if unknown:
+        raise UserError(f"{path}: holds what this model has no place for: {few(unknown)}; is it another model?")
+    return parts
+
+
+def few(things) -> str:
+    things = sorted(things)
+    return ", ".join(things[:3]) + (f" and {len(things) - 3} more" if len(things) > 3 else "")
+
+
+@torch.no_grad()
+def fill(model: nn.Module, parts: dict, dtype, path, dims={}, finish=lambda name, tensor: tensor):
+    """Gives each parameter of a model on the meta device its tensor, in `dtype`.
+
+    parts: from `translate`. dims: {module name: dimension to concatenate parts along (0), or None for equal copies}.
+    finish(name, tensor) -> tensor: a last rearrangement.
+
+    A tensor that needs no conversion stays mapped: processes that load the same file share it until they write.
+    Raises UserError unless names and shapes are just those of the model.
+    """
+    parameters, wrong = dict(model.named_parameters()), []
+    for name in parameters.keys() & parts:
+        shape, dim = list(parameters[name].shape), dims.get(name.split(".")[-2:][0], 0)
+        if dim is not None:
+            shape[dim] /= len(parts[name])
+        for tensor in parts[name]:
+            # A few bytes of pickle can claim any size (stride 0), or be another kind of tensor.
+            plain = tensor.is_floating_point() and tensor.layout == torch.strided and tensor.device.type == "cpu"
+            if list(tensor.shape) != shape or not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+                came = f"{tuple(tensor.shape)} {str(tensor.dtype)[6:]}"
+                wrong += [f"{name} {came} instead of ({', '.join(f'{n:g}' for n in shape)})"]
+    problems = {"missing": parameters.keys() - parts, "unexpected": parts.keys() - parameters, "wrong": set(wrong)}
+    if any(problems.values()):
+        text = "; ".join(f"{kind}: {few(names)}" for kind, names in problems.items() if names)
+        raise UserError(f"{path}: the weights are not complete or of another model; {text}")
+
+    taken = set()
+    for name in parameters:
+        pieces, (owner, _, leaf) = parts.pop(name), name.rpartition(".")
+        dim = dims.get(owner.split(".")[-1], 0)
+        if dim is None and not all(torch.equal(piece, pieces[0]) for piece in pieces):
+            raise UserError(f"{path}: {name} differs between the model-parallel files; are all of the same model?")
+        tensor = pieces[0] if dim is None or len(pieces) == 1 else torch.cat(pieces, dim)
+        tensor = finish(name, tensor).to(dtype).contiguous()
+        # Two parameters must not be one memory (tied embeddings), nor a part of a larger one (it would be saved too).
+        if tensor.data_ptr() in taken or tensor.nbytes != tensor.untyped_storage().nbytes():
+            tensor = tensor.clone()
+        taken.add(tensor.data_ptr())
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+        for piece in pieces:
+            if piece.data_ptr() != tensor.data_ptr():
+                forget_pages(piece)
+
+
+def forget_pages(tensor):
+    """A mapped tensor has been read: gives its memory back, which else counts as ours. (The file still has it.)"""
+    mapped = not tensor.untyped_storage().resizable()  # memory from the heap is
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # of the whole pages inside it
+    length = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if mapped and length > 0 and tensor.is_contiguous() and hasattr(mmap, "MADV_DONTNEED"):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+
+
+# --- LLaMA
+
+
+def load_llama(folder, dtype=torch.float32) -> LLaMA:
+    """A LLaMA or Vicuna in `dtype`: Meta's raw folder (or a stage-2 run) or a Hugging Face folder.
+
+    Raises UserError if it is neither, or an architecture or a tensor that this model has no place for.
+    """
+    folder = Path(folder)
+    if (folder / "params.json").is_file():
+        return load_raw_llama(folder, dtype)
+    if (folder / "config.json").is_file():
+        return load_hf_llama(folder, dtype)
+    raise UserError(f"{folder}: no LLaMA there: expected params.json and consolidated.00.pth (Meta's raw folder) or "
+                    "config.json and pytorch_model*.bin or model*.safetensors (Hugging Face)")  # fmt: skip
+
+
+def load_raw_llama(folder: Path, dtype) -> LLaMA:
+    path = folder / "params.json"
+    given = read_json(path, dict)
+    if given.keys() - PARAMS:
+        raise UserError(f"{path}: {few(given.keys() - PARAMS)} is not in LLaMA 1 or 2; take one of these")
+    files = sorted(folder.glob("consolidated.*.pth"))
+    if not files or [file.name for file in files] != [f"consolidated.{i:02}.pth" for i in range(len(files))]:
+        found = ", ".join(file.name for file in files) or "none"
+        raise UserError(f"{folder}: expected consolidated.00.pth, .01.pth, ... without a gap; found {found}")
+    parts = {}
+    for file in files:
+        for name, pieces in translate(load_tensors(file), RAW_LLAMA, file).items():
+            parts.setdefault(name, []).extend(pieces)
+    params = {"n_kv_heads": given.get("n_heads"), "ffn_dim_multiplier": 1, "rope_theta": 10000.0, "vocab_size": -1}
+    params |= {key: value for key, value in given.items() if value is not None}
+    if params["vocab_size"] == -1:  # "as many as the tokenizer has": the output has a row for each
+        params["vocab_size"] = sum(piece.shape[:1].numel() for piece in parts.get("output.weight", []))
+    params["ffn_dim"] = ffn_width(*numbers(params, ("dim", "multiple_of", "ffn_dim_multiplier"), path))
+    names = [field.name for field in dataclasses.fields(LLaMAConfig)]
+    return build_llama(LLaMAConfig(*numbers(params, names, path)), parts, dtype, path, SHARD_DIM)
+
+
+def ffn_width(dim: int, multiple_of: int, multiplier: float = 1) -> int:
+    """LLaMA's formula: SwiGLU has three matrices instead of two, so 2/3 of the usual 4 dim, rounded up to a multiple."""
+    return multiple_of * math.ceil(int(multiplier * int(2 * 4 * dim / 3)) / multiple_of)
+
+
+def load_hf_llama(folder: Path, dtype) -> LLaMA:
+    path = folder / "config.json"
+    given = read_json(path, dict)
+    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}  # transformers 5, transformers 4
+    rope = rope if isinstance(rope, dict) else {"type": rope}
+    config = {"num_key_value_heads": given.get("num_attention_heads"), "rope_theta": 10000.0} | rope
+    config |= {key: value for key, value in given.items() if value is not None}
+    check_only(path, model_type=(given.get("model_type"), "llama"))
+    c = LLaMAConfig(**dict(zip(HF_CONFIG.values(), numbers(config, HF_CONFIG, path))))
+    check_only(
+        path,
+        hidden_act=(config.get("hidden_act", "silu"), "silu"),
+        attention_bias=(config.get("attention_bias", False), False),
+        mlp_bias=(config.get("mlp_bias", False), False),
+        head_dim=(config.get("head_dim", c.head_dim), c.head_dim),
+        rope_scaling=(rope.get("rope_type", rope.get("type", "default")), "default"),
+        quantization_config=(config.get("quantization_config"), None),
+    )
+    parts = translate(load_folder(folder), HF_LLAMA, folder)
+    if config.get("tie_word_embeddings") and "tok_embeddings.weight" in parts:
+        parts["output.weight"] = list(parts["tok_embeddings.weight"])
+
+    def interleave(name, tensor):
+        # RoPE turns pairs of rows of each head of q and k. Meta's pairs are adjacent; Hugging Face's lie half a head
+        # apart, its converter having moved the rows to 0 2 4 ... 1 3 5 ...: here they move back.
+        if not name.endswith((".wq.weight", ".wk.weight")):
+            return tensor
+        halves = tensor.view(-1, 2, c.head_dim // 2, c.dim)  # (heads, first or second of the pair, pairs, dim)
+        return halves.transpose(1, 2).reshape(tensor.shape)  # (heads * hd, dim)
+
+    return build_llama(c, parts, dtype, path, {}, interleave)
+
+
+def numbers(config: dict, keys, path) -> list:
+    """The values at `keys`, checked to be positive numbers, and integers but for the few that may have a fraction."""
+    for key in keys:
+        kind = (int, float) if key in ("norm_eps", "rms_norm_eps", "rope_theta", "ffn_dim_multiplier") else int
+        value = config.get(key)
+        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 2**24:
+            raise UserError(f"{path}: {key} is {value!r}, expected a positive number; take the file as published")
+    return [config[key] for key in keys]
+
+
+def check_only(path, **settings):
+    """settings: name=(value, the only value that the model here has)."""
+    for key, (value, only) in settings.items():
+        if value != only:
+            raise UserError(f"{path}: {key} is {value!r}, the model here has only {only!r}; take other weights")
+
+
+def build_llama(c: LLaMAConfig, parts: dict, dtype, path, *how) -> LLaMA:
+    if c.dim % c.n_heads or c.head_dim % 2 or c.n_heads % c.n_kv_heads:
+        raise UserError(f"{path}: dim {c.dim} does not divide into {c.n_heads} heads of even size, or these not into "
+                        f"{c.n_kv_heads} groups; take the file as published")  # fmt: skip
+    n_layers = len({name.split(".")[1] for name in parts if name.startswith("layers.")})
+    if n_layers != c.n_layers:
+        raise UserError(f"{path}: promises {c.n_layers} layers, the weights hold {n_layers}; are all files there?")
+    with torch.device("meta"):
+        llama = LLaMA(c)
+    fill(llama, parts, dtype, path, *how)
+    return llama
+
+
+def save_llama(llama: LLaMA, folder, dtype=None):
+    """Writes Meta's raw format, in one file of any size: params.json, consolidated.00.pth in `dtype` (None: as is)."""
+    c = llama.config
+    params = {"dim": c.dim, "n_layers": c.n_layers, "n_heads": c.n_heads}
+    if c.n_kv_heads != c.n_heads:
+        params["n_kv_heads"] = c.n_kv_heads
+    # The format has no ffn_dim: find the multiple that the formula rounds up to it, or else a multiplier too.
+    multiples = [m for m in (256, 128, 64, 32, 16, 8, 4, 2, 1) if c.ffn_dim % m == 0]
+    exact = [m for m in multiples if ffn_width(c.dim, m) == c.ffn_dim]
+    params["multiple_of"] = (exact or multiples)[0]
+    if not exact:
+        params["ffn_dim_multiplier"] = (c.ffn_dim + 0.5) / ffn_width(c.dim, 1)  # + 0.5: the formula cuts to integers
+    params |= {"norm_eps": c.norm_eps, "vocab_size": c.vocab_size, "rope_theta": c.rope_theta}
+    weights = {name: p.detach().to(dtype or p.dtype) for name, p in llama.named_parameters()}
+    save_tensors(Path(folder) / "consolidated.00.pth", weights)
+    write_json(Path(folder) / "params.json", params)
+
+
+# --- CLIP
+
+
+def load_vision(path, feature_layer: int = FEATURE_LAYER, dtype=torch.float32) -> VisionTransformer:
+    """CLIP's ViT up to `feature_layer` (-1: the last block), in `dtype`; its architecture is read off the shapes.
+
+    path: OpenAI's archive ViT-L-14.pt, a torch.save of the same names (`visual.*`; the demo's), or a Hugging Face
+    folder of a CLIPModel or a CLIPVisionModel. Raises UserError for others.
+    """
+    path = Path(path)
+    if path.is_dir():
+        whole = read_json(path / "config.json", dict)
+        config = whole.get("vision_config", whole)
+        kind = whole.get("model_type")
+        if kind not in ("clip", "clip_vision_model") or not isinstance(config, dict):
+            raise UserError(f"{path / 'config.json'}: model_type is {kind!r}, expected 'clip' or 'clip_vision_model'")
+        (width,) = numbers({"hidden_size": 768} | config, ["hidden_size"], path / "config.json")  # defaults: ViT-B's
+        check_only(
+            path / "config.json",
+            hidden_act=(config.get("hidden_act", "quick_gelu"), "quick_gelu"),
+            num_attention_heads=(config.get("num_attention_heads", 12), width // HEAD_DIM),
+            layer_norm_eps=(config.get("layer_norm_eps", 1e-5), 1e-5),
+        )
+        weights = {name.removeprefix("vision_model."): tensor for name, tensor in load_folder(path).items()}
+        parts = translate(weights, HF_CLIP, path)
+    else:
+        parts = translate(load_tensors(path), OPENAI_CLIP, path)
+    if any(name.startswith(("attnpool.", "layer1.")) for name in parts):
+        raise UserError(f"{path}: a ResNet CLIP, which has no patches to look at; take a ViT, such as ViT-L-14.pt")
+    conv1, embedding = (parts.get(name, [torch.empty(0)])[0] for name in ("conv1.weight", "positional_embedding"))
+    grid = math.isqrt(max(0, len(embedding) - 1))
+    if conv1.dim() != 4 or embedding.dim() != 2 or grid == 0 or grid**2 != len(embedding) - 1 or len(conv1) % HEAD_DIM:
+        raise UserError(f"{path}: no CLIP ViT in it (conv1.weight {tuple(conv1.shape)}, positional_embedding "
+                        f"{tuple(embedding.shape)}); take OpenAI's ViT-L-14.pt or its Hugging Face folder")  # fmt: skip
+
+    def block(name) -> int:
+        return int(name.split(".")[2]) if name.startswith("transformer.resblocks.") else -1
+
+    layers = len({block(name) for name in parts} - {-1})
+    if not -layers - 1 <= feature_layer <= -1:
+        raise UserError(f"{path}: feature layer {feature_layer}, expected -1 (the last of {layers}) to {-layers - 1}")
+    with torch.device("meta"):
+        config = VisionConfig(grid * conv1.shape[-1], conv1.shape[-1], len(conv1), layers)
+        vision = VisionTransformer(config, feature_layer)
+    for name in [name for name in parts if block(name) > layers + feature_layer]:
+        del parts[name]  # above the features
+    fill(vision, parts, dtype, path)
+    return vision
+
+
+# --- W, and the three parts together
+
+
+def load_projector(path) -> Projection:
+    """W in fp32, from a projector.pth {"weight": (dim, vision_dim)[, "bias"]} or the original's mm_projector.bin."""
+    parts = translate(load_tensors(path), PROJECTOR, path)
+    if "weight" not in parts or parts["weight"][0].dim() != 2:
+        raise UserError(f"{path}: no W in it: expected a matrix `weight` or `model.mm_projector.weight`")
+    dim, vision_dim = parts["weight"][0].shape
+    with torch.device("meta"):
+        projector = Projection(vision_dim, dim, bias="bias" in parts)
+    fill(projector, parts, torch.float32, path)
+    return projector
+
+
+def save_projector(projector: Projection, path):
+    save_tensors(path, {name: p.detach().float().cpu() for name, p in projector.named_parameters()})
+
+
+def build(llama: LLaMA, vision: VisionTransformer, projector: Projection | None = None, seed: int = 0) -> LLaVA:
+    """LLaVA of its parts; without a projector W is noise, drawn from `seed`. Raises UserError if the widths do not fit."""
+    dim, width = llama.config.dim, vision.config.width
+    if projector is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            projector = Projection(width, dim)
+    if projector.weight.shape != (dim, width):
+        raise UserError(f"the projector's weight is {tuple(projector.weight.shape)}, but the LLaMA's dim is {dim} and the "
+                        f"ViT's width {width}; take the projector that was trained with these two")  # fmt: skip
+    return LLaVA(llama, vision, projector)
+
+
+# --- run directories
+
+
+def save_run(run, llava: LLaVA, config: dict, tokenizer_path, stage: int, dtype=None):
+    """Writes what `load_run` reads.
+
+    config: any JSON; must hold "vision" and in stage 1 "llama", the paths that these came from (kept as absolute ones).
+    dtype: of a stage-2 LLaMA in its file; None: as it is.
+
+    Everything is first written whole beside its place: a full disk harms nothing. Then, from when the first file has
+    moved to when the last has, there is no projector.pth, and `load_run` refuses: old and new never mix.
+    """
+    run, new = Path(run), Path(run) / ".new"
+    shutil.rmtree(new, ignore_errors=True)
+    config = config | {"stage": stage} | {k: str(Path(config[k]).resolve()) for k in ("vision", "llama") if k in config}
+    if stage == 2:
+        save_llama(llava.llama, new, dtype)
+        with replacing(new / "tokenizer.model") as file:
+            file.write(Path(tokenizer_path).read_bytes())
+    save_projector(llava.projector, new / "projector.pth")
+    vision = {"path": config["vision"], "sha256": checksum(config["vision"])}
+    write_json(new / "vision.json", vision | {"feature_layer": llava.vision.feature_layer})
+    write_json(new / "config.json", config)
+    (run / "projector.pth").unlink(missing_ok=True)
+    last = ["projector.pth", "config.json"]
+    for name in [file.name for file in new.iterdir() if file.name not in last] + last:
+        os.replace(new / name, run / name)
+    new.rmdir()
+    sync_folder(run)
+
+
+def load_run(run, dtype=torch.float32) -> tuple[LLaVA, object, dict]:
+    """-> LLaVA, tokenizer and config of a run directory; W is fp32, the rest in `dtype`.
+
+    Raises UserError if the run is not finished, or its ViT (or, in stage 1, its LLaMA) is not where it was or another.
+    """
+    run = Path(run)
+    for name in ("config.json", "vision.json", "projector.pth"):
+        if not (run / name).is_file():
+            raise UserError(f"{run / name}: no such file: no finished run; let train.py --out {run} end first")
+    config, vision = read_json(run / "config.json", dict), read_json(run / "vision.json", dict)
+    if config.get("stage") not in (1, 2) or not {"path", "sha256", "feature_layer"} <= vision.keys():
+        raise UserError(f"{run}: config.json has no stage, or vision.json no path, sha256, feature_layer; train again")
+    llama_path = run if config["stage"] == 2 else Path(str(config.get("llama")))
+    for name, key, path in (("vision.json", "path", Path(str(vision["path"]))), ("config.json", "llama", llama_path)):
+        if not path.exists():
+            raise UserError(f"{run / name}: {path} is not there any more; put it back, or set {key!r} in this file to "
+                            "where it is now")  # fmt: skip
+    if checksum(vision["path"]) != vision["sha256"]:
+        raise UserError(f"{vision['path']}: not the ViT that {run} was trained with (its sha256 in vision.json is another); "
+                        "put the old one back, or train again")  # fmt: skip
+    llava = build(
+        load_llama(llama_path, dtype),
+        load_vision(vision["path"], vision["feature_layer"], dtype),
+        load_projector(run / "projector.pth"),
+    )
+    return llava, load_tokenizer(llama_path / "tokenizer.model"), config
+
+
+# --- training state
+
+
+def save_state(run, state: dict, step: int):
+    """Replaces run/state/training.pth, whole or not at all. state: tensors and plain Python values, nested as you like."""
+    assert plain(state), "weights_only could not load it again: only tensors, dict, list, tuple, str, numbers, None"
+    save_tensors(Path(run) / "state" / "training.pth", state | {"step": step})
+
+
+def plain(value) -> bool:
+    if isinstance(value, dict):
+        return all(map(plain, value.keys())) and all(map(plain, value.values()))
+    if type(value) in (list, tuple):
+        return all(map(plain, value))
+    return isinstance(value, torch.Tensor) or type(value) in (str, int, float, bool, type(None))
+
+
+def load_state(run) -> dict | None:
+    """What `save_state` wrote, with its "step"; None if there is none yet."""
+    path = Path(run) / "state" / "training.pth"
+    return load_tensors(path) if path.exists() else None

@@ -647,9 +647,9 @@ def train_vit(sp, steps: int, batch_size: int, lr: float):
     vit.proj = nn.Parameter(torch.randn(width, width) / width**0.5)
     for name, p in vit.named_parameters():
         if p.dim() >= 2 and name != "proj":
-            nn.init.normal_(p, std=0.1 if "embedding" in name else p[0].numel() ** -0.5)
+            nn.init.normal_(p, std=1.0 if "embedding" in name else p[0].numel() ** -0.5)
         elif "embedding" in name:
-            nn.init.normal_(p, std=0.1)
+            nn.init.normal_(p)
         elif name.endswith("bias"):
             nn.init.zeros_(p)
     text = LLaMA(LLaMAConfig(**LLAMA_SHAPE | dict(n_layers=2)))
@@ -684,3 +684,71 @@ def train_vit(sp, steps: int, batch_size: int, lr: float):
         mean = loss.item() if mean is None else 0.95 * mean + 0.05 * loss.item()
         bar.set_postfix(loss=f"{mean:.3f}", right=f"{right:.0%}", lr=f"{rate:.1e}", refresh=False)
     return {f"visual.{name}": p.detach() for name, p in vit.state_dict().items()}
+
+
+def probe(vision: Path, n: int = 600) -> dict[str, float]:
+    """How well linear maps read, from single patches of layer -2 alone, the thing that covers each patch.
+
+    Least squares on the patches of n pictures, tested on n held-out ones -> share right, per attribute.
+    """
+    import numpy as np
+    import torch
+
+    from checkpoint import load_vision
+    from vision import normalize
+
+    vit, dice = load_vision(vision), random.Random("probe")
+    covers = [PLACES[i // 12 * 3 + i % 6 // 2] for i in range(36)]  # the place that each of the 6x6 patches is in
+    found = []
+    for held_out in (False, True):
+        scenes = [draw_scene(dice, held_out) for _ in range(n)]
+        pixels = torch.from_numpy(np.stack([np.asarray(draw_picture(s, dice)) for s in scenes])).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            Z_v = vit(normalize(pixels)).flatten(0, 1)  # (n*P, D)
+        things = [next((t for t in s if t.place == place), None) for s in scenes for place in covers]
+        on = torch.tensor([t is not None for t in things])
+        found.append((torch.cat([Z_v[on], torch.ones(int(on.sum()), 1)], 1), [t for t in things if t]))
+    (X, train), (Y, test) = found
+    right = {}
+    for attribute, values in ATTRIBUTES.items():
+        target, truth = (torch.tensor([values.index(getattr(t, attribute)) for t in ts]) for ts in (train, test))
+        weights = torch.linalg.lstsq(X, torch.eye(len(values))[target]).solution
+        right[attribute] = ((Y @ weights).argmax(1) == truth).float().mean().item()
+    return right
+
+
+def build(folder: Path):
+    """Makes everything in demo/ from nothing, in `folder`."""
+    import torch
+
+    torch.set_num_threads(torch.get_num_threads())
+    llama_folder, vision = folder / LLAMA.name, folder / VISION.name
+    llama_folder.mkdir(parents=True, exist_ok=True)
+    sp = train_tokenizer(llama_folder / "tokenizer.model")
+    llama = train_llama(sp, **LLAMA_TRAINING)
+    torch.save({name: p.detach().half() for name, p in llama.state_dict().items()}, llama_folder / "consolidated.00.pth")
+    shape = {k: LLAMA_SHAPE[k] for k in ("dim", "n_layers", "n_heads", "vocab_size", "norm_eps")} | dict(multiple_of=32)
+    (llama_folder / "params.json").write_text(json.dumps(shape))
+    torch.save({name: p.half() for name, p in train_vit(sp, **VIT_TRAINING).items()}, vision)
+    print("layer -2, single patches, linear:", ", ".join(f"{k} {100 * v:.1f} %" for k, v in probe(vision).items()))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("draw", help="write the demo's data")
+    command.add_argument("folder", type=Path, metavar="DIR")
+    command = commands.add_parser("build", help="make the backbones anew")
+    command.add_argument("--out", type=Path, default=SHIPPED, metavar="DIR", help=f"where (default {SHIPPED})")
+    arguments = parser.parse_args()
+    if arguments.command == "draw":
+        prepare(arguments.folder)
+    else:
+        build(arguments.out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}")

@@ -27,14 +27,14 @@ from tqdm import tqdm
 
 import checkpoint
 import demo
-from conversation import TEMPLATE, UserError, load_tokenizer, system_ids
-from data import SCIENCEQA_PROMPT, Encoder, Examples, Pictures, Steps, ask
+from conversation import IMAGE, TEMPLATE, UserError, load_tokenizer, system_ids
+from data import REQUESTS, SCIENCEQA_PROMPT, Encoder, Example, Examples, Pictures, ScienceQA, Steps, ask
 from vision import FEATURE_LAYER
 
 PAPER = {  # section 4.2: what each run of the paper uses
-    "stage1": dict(epochs=1, batch_size=128, lr=2e-3),
-    "chat": dict(epochs=3, batch_size=32, lr=2e-5),
-    "scienceqa": dict(epochs=12, batch_size=32, lr=2e-5),
+    "stage1": dict(epochs=1, batch_size=128, lr=2e-3, sampling="proportional"),
+    "chat": dict(epochs=3, batch_size=32, lr=2e-5, sampling="uniform"),
+    "scienceqa": dict(epochs=12, batch_size=32, lr=2e-5, sampling="proportional"),
 }
 MAX_GRAD_NORM = 1.0
 MAY_CHANGE = {"workers", "log_every", "save_every", "micro_batch_tokens"}  # on resuming; all else must be as it was
@@ -53,15 +53,20 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument_group("what is trained").add_argument
-    add("--stage", type=int, choices=(1,), required=True, help="1: W alone")
+    add("--stage", type=int, choices=(1, 2), required=True, help="1: W alone; 2: W and the LLaMA")
+    add("--task", choices=("chat", "scienceqa"), default="chat", help="of stage 2")
     add = parser.add_argument_group("inputs (none of them: the demo)").add_argument
-    add("--llama", metavar="DIR", help="LLaMA or Vicuna: Meta's raw folder or a Hugging Face folder")
+    add("--llama", metavar="DIR", help="LLaMA or Vicuna: Meta's raw folder, a Hugging Face folder, or a run of stage 2")
     add("--vision", metavar="PATH", help="CLIP: OpenAI's ViT-L-14.pt or a Hugging Face folder")
     add("--projector", metavar="FILE", help="a W to start from: projector.pth or mm_projector.bin; else noise")
-    add("--data", nargs="+", metavar="PATH", help="LLaVA JSON (chat.json of CC3M-595K) or captions")
+    add("--init-from", metavar="RUN", help="start from this run's LLaMA, ViT and W instead of --llama, --vision and "
+        "--projector (the demo's stage 2: runs/stage1; `none`: W from noise, the paper's ablation)")  # fmt: skip
+    add("--data", nargs="+", metavar="PATH", help="LLaVA JSON (stage 1: chat.json of CC3M-595K; stage 2: "
+        "llava_instruct_150k.json or its three parts), captions, or a ScienceQA folder")  # fmt: skip
     add("--images", metavar="PATH", help="folder or zip that the data's picture paths are relative to")
+    add("--missing-pictures-as-text", action="store_true", help="ask ScienceQA problems without a picture that is absent")
     add = parser.add_argument_group("the run").add_argument
-    add("--out", metavar="DIR", help="run directory (default runs/stage1)")
+    add("--out", metavar="DIR", help="run directory (default runs/stage1, runs/chat or runs/scienceqa)")
     add("--epochs", type=int, help="passes over the data (default: the paper's)")
     add("--batch-size", type=int, help="samples of a step over all processes (default: the paper's)")
     add("--micro-batch-tokens", type=int, default=16384, help="positions that a process computes on at once")
@@ -70,6 +75,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--max-length", type=int, default=2048, help="positions of a sample; longer ones are cut, never in a picture")
     add("--max-steps", type=int, help="stop after so many steps (default: epochs decide)")
     add("--seed", type=int, default=0, help="of W's noise, the samples' order and what is drawn for a caption")
+    add("--sampling", choices=("uniform", "proportional"),
+        help="uniform: each response type as often (the paper's, default for chat); proportional: each sample once an epoch")  # fmt: skip
     add("--precision", choices=("bf16", "fp32"), help="of the matrix products (default: bf16 on GPUs, else fp32)")
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on where --out was left")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the LLaMA's blocks")
@@ -79,16 +86,24 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--log-every", type=int, default=1, help="steps between lines of metrics.jsonl")
     add("--workers", type=int, default=2, help="processes that decode pictures; 0 = the main process does")
     a = parser.parse_args(argv)
-    a.out = Path(a.out or "runs/stage1")
 
-    given = [name for name in ("llama", "vision", "data") if getattr(a, name)]
-    a.demo = not given
+    a.name = "stage1" if a.stage == 1 else a.task
+    a.out = Path(a.out or f"runs/{a.name}")
+    a.demo = not (a.llama or a.vision or a.data)
     if a.demo and (a.images or a.projector):
         raise UserError("--images and --projector go with --llama, --vision and --data; without any of them: the demo")
-    if given and len(given) < 3:
-        missing = [f"--{name}" for name in ("llama", "vision", "data") if name not in given]
-        raise UserError(f"{' and '.join(missing)} missing: give --llama, --vision and --data, or none of them for the demo")
-    defaults = PAPER["stage1"] | (demo.STAGE1 if a.demo else {})
+    if a.demo and a.stage == 2:
+        a.init_from = a.init_from or "runs/stage1"
+    if a.demo and a.init_from in (None, "none"):
+        a.llama, a.vision, a.init_from = demo.LLAMA, demo.VISION, None
+    needed = ("init_from", "data") if a.init_from else ("llama", "vision", "data")
+    missing = [f"--{name.replace('_', '-')}" for name in needed if not getattr(a, name)]
+    if missing and not a.demo:
+        raise UserError(f"{' and '.join(missing)} missing: give --llama, --vision and --data, or --init-from and --data, "
+                        "or none of them for the demo")  # fmt: skip
+    if a.init_from and (a.llama or a.vision or a.projector):
+        raise UserError("--init-from brings the LLaMA, the ViT and W of its run; leave out --llama, --vision, --projector")
+    defaults = PAPER[a.name] | (demo.SETTINGS[a.name] if a.demo else {})
     for name, value in defaults.items():
         if getattr(a, name, None) is None:
             setattr(a, name, value)
@@ -198,6 +213,33 @@ def keep_metrics(path: Path, step: int):
     path.write_text("".join(kept))
 
 
+def caption_held_out(model, encode: Encoder, prefix, shift: int = 0) -> list[str]:
+    """The model's captions for the demo's held-out scenes; each is shown the picture of the one `shift` further on."""
+    images = [held_out.image.name for held_out in demo.heldout(demo.FOLDER)]
+    prompts = [Example(image, [f"{IMAGE}\n{REQUESTS[0]}"], image) for image in images[shift:] + images[:shift]]
+    return ask(model, encode, prompts, prefix, max_new_tokens=48)
+
+
+def start_model(a, dtype: torch.dtype):
+    """The model that training starts from, its tokenizer.model, and where its LLaMA and ViT came from.
+
+    What is frozen is held in the compute dtype, what trains in fp32.
+    """
+    llama_dtype = torch.float32 if a.stage == 2 else dtype
+    if a.init_from:
+        model, _, begun = checkpoint.load_run(a.init_from, llama_dtype)
+        model.vision.to(dtype)
+        model.projector.float()
+        run = Path(a.init_from)
+        llama, vision = run if (run / "params.json").is_file() else begun["llama"], begun["vision"]
+    else:
+        llama, vision = a.llama, a.vision
+        projector = checkpoint.load_projector(a.projector) if a.projector else None
+        model = checkpoint.build(checkpoint.load_llama(llama, llama_dtype),
+                                 checkpoint.load_vision(vision, FEATURE_LAYER, dtype), projector, a.seed)  # fmt: skip
+    return model, Path(llama) / "tokenizer.model", dict(llama=str(Path(llama).resolve()), vision=str(Path(vision).resolve()))
+
+
 def train(a, rank: int, world: int, device: torch.device):
     say = print if rank == 0 else (lambda *_: None)
     if a.demo:
@@ -205,48 +247,52 @@ def train(a, rank: int, world: int, device: torch.device):
             demo.prepare(demo.FOLDER)
         if dist.is_initialized():
             dist.barrier()  # the others wait until the pictures are drawn
-        a.llama, a.vision = demo.LLAMA, demo.VISION
-        a.data, a.images = [demo.FOLDER / "captions.json"], demo.FOLDER / "images"
+        a.data, a.images = demo.data_of(a.name)
+    examples = Examples(a.data, a.seed, missing_pictures_as_text=a.missing_pictures_as_text)
+    is_scienceqa = [isinstance(part, ScienceQA) for part in examples.parts]
+    if any(is_scienceqa) != (a.name == "scienceqa") or len(set(is_scienceqa)) > 1:
+        raise UserError(f"--data holds {examples.describe()}; a ScienceQA folder, alone, goes with --stage 2 --task scienceqa")
+    if a.name == "scienceqa" and not a.images:
+        a.images = a.data[0]
+    say(f"data: {examples.describe()}")
 
-    # What is frozen is held in the compute dtype; W, which trains, in fp32.
     precision = a.precision or ("bf16" if device.type == "cuda" else "fp32")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
-
-    examples, sp = Examples(a.data, a.seed), load_tokenizer(Path(a.llama) / "tokenizer.model")
-    say(f"data: {examples.describe()}")
-    llama, vision = checkpoint.load_llama(a.llama, dtype), checkpoint.load_vision(a.vision, FEATURE_LAYER, dtype)
-    projector = checkpoint.load_projector(a.projector) if a.projector else None
-    model = checkpoint.build(llama, vision, projector, a.seed).to(device)
-    llama.checkpoint_activations = a.checkpoint_activations
+    model, tokenizer, origin = start_model(a, dtype)
+    model.to(device).llama.checkpoint_activations = a.checkpoint_activations
     if a.compile:
-        for layer in llama.layers:
+        for layer in model.llama.layers:
             layer.compile(dynamic=True)
     trained = model.set_trainable(a.stage)
     trains, frozen = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters() if not p.requires_grad)
     say(f"model: {trains:,} parameters train, {frozen:,} are frozen; {precision} on {world} x {device.type}")
 
-    prefix_ids = system_ids(sp)  # in stage 1 the LLaMA is constant, so what it makes of the system message is too
-    with autocast():
-        prefix = model.read_prefix(torch.tensor(prefix_ids, device=device))
-    n_patches, size = vision.config.n_patches, vision.config.image_size
+    # Every sample starts with the system message: it is read once for all. In stage 1 the LLaMA is constant, and so
+    # is what it makes of it; in stage 2 it is read with each batch, as ids, so that the gradient reaches it.
+    sp = load_tokenizer(tokenizer)
+    prefix_ids = torch.tensor(system_ids(sp), device=device)
+
+    def read_prefix():
+        with autocast(), torch.no_grad():
+            return model.read_prefix(prefix_ids)
+
+    prefix = read_prefix() if a.stage == 1 else prefix_ids
+    n_patches, size = model.vision.config.n_patches, model.vision.config.image_size
     if a.max_length < len(prefix_ids) + n_patches + 2:
         raise UserError(f"--max-length {a.max_length}: a picture and the system message alone take "
                         f"{len(prefix_ids) + n_patches}")  # fmt: skip
-    encode = Encoder(sp, n_patches, size, a.images and Pictures(a.images), a.max_length, prefix_ids)
-    steps = Steps(examples, encode, a.batch_size, a.seed, rank, world, a.micro_batch_tokens)
+    encode = Encoder(sp, n_patches, size, a.images and Pictures(a.images), a.max_length, prefix_ids.tolist())
+    steps = Steps(examples, encode, a.batch_size, a.seed, rank, world, a.micro_batch_tokens, a.sampling)
     total = min(a.epochs * steps.per_epoch, a.max_steps or math.inf)
 
     settings = {k: v if isinstance(v, (int, float, type(None))) else str(v) for k, v in vars(a).items()}
     settings = {k: v for k, v in settings.items() if k not in ("resume", "out")}
     config = dict(settings=settings, stage=a.stage, template=TEMPLATE, prompt=SCIENCEQA_PROMPT, feature_layer=FEATURE_LAYER,
-                  llama=str(Path(a.llama).resolve()), vision=str(Path(a.vision).resolve()), precision=precision,
-                  torch=torch.__version__)  # fmt: skip
+                  precision=precision, torch=torch.__version__, **origin)  # fmt: skip
     state = open_run(a, config, rank)
-    held_out = demo.CaptionTest(demo.FOLDER) if a.demo and rank == 0 else None
-    caption = functools.partial(ask, model, encode, prefix=prefix, max_new_tokens=demo.MAX_CAPTION)
-    if held_out:
-        held_out.before(caption)
+    if a.demo and rank == 0 and a.stage == 1:
+        before = caption_held_out(model, encode, prefix)
 
     optimizer = torch.optim.AdamW(trained, lr=a.lr, weight_decay=0.0, fused=device.type == "cuda")
     start = 0
@@ -258,12 +304,14 @@ def train(a, rank: int, world: int, device: torch.device):
     if rank == 0:
         keep_metrics(a.out / "metrics.jsonl", start)
 
-    def save(step):
+    def save(step, for_use=True):
+        """The state to go on from, and unless training just goes on, what evaluation and chat use."""
         if rank == 0:
             names = {name for name, p in model.named_parameters() if p.requires_grad}
             weights = {name: p for name, p in model.state_dict().items() if name in names}
             checkpoint.save_state(a.out, dict(step=step, trained=weights, optimizer=optimizer.state_dict()), step)
-            checkpoint.save_run(a.out, model, config, Path(a.llama) / "tokenizer.model", a.stage)
+            if for_use:
+                checkpoint.save_run(a.out, model, config, tokenizer, a.stage)
 
     runner = DistributedDataParallel(model, broadcast_buffers=False) if dist.is_initialized() else model
     loader = DataLoader(steps, batch_size=None, sampler=range(start, total), num_workers=a.workers,
@@ -312,7 +360,7 @@ def train(a, rank: int, world: int, device: torch.device):
         if log and (t % a.log_every == 0 or t == total):
             print(json.dumps(line), file=log, flush=True)
         if a.save_every and t % a.save_every == 0 and t < total:
-            save(t)
+            save(t, for_use=False)
     bar.close()
     if cut_samples:
         say(f"{cut_samples} samples were longer than --max-length {a.max_length} and were cut")
@@ -322,8 +370,9 @@ def train(a, rank: int, world: int, device: torch.device):
         say(f"stopped after step {t} of {total}; the same command goes on from there ({a.out})")
         raise SystemExit(128 + signal.SIGINT)
     say(f"{a.out}: stage {a.stage} is done, {total} steps")
-    if held_out:
-        say(held_out.after(caption))
+    if a.demo and rank == 0 and a.stage == 1:
+        after, swapped = (caption_held_out(model, encode, prefix, shift) for shift in (0, 1))
+        say("\n" + demo.caption_report(before, after, swapped, demo.heldout(demo.FOLDER)))
 
 
 def main():

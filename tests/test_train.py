@@ -138,10 +138,10 @@ def test_the_gradient_does_not_depend_on_how_a_global_batch_is_cut_up(inputs, tm
 def test_training_lowers_the_loss_and_repeats_itself_by_seed(inputs, tmp_path):
     losses = {}
     for name, seed, workers in (("a", 0, 0), ("again", 0, 2), ("other", 1, 0)):
-        in_process(flags(inputs, tmp_path / name, lr=0.03, seed=seed, **{"max_steps": 12}) + ["--epochs", "4", "--workers", str(workers)])
+        in_process(flags(inputs, tmp_path / name, lr=0.1, seed=seed, max_steps=24) + ["--epochs", "6", "--workers", str(workers)])
         losses[name] = [line["loss"] for line in metrics(tmp_path / name)]
     assert losses["a"] == losses["again"] != losses["other"]
-    assert losses["a"][-1] < losses["a"][0] - 0.1
+    assert sum(losses["a"][-6:]) < sum(losses["a"][:6])
 
 
 def test_bf16_autocast_is_near_fp32(inputs, tmp_path):
@@ -240,7 +240,7 @@ def break_input(inputs, tmp_path, what):
         copy_llama(inputs, bad)
         params = json.loads((bad / "params.json").read_text())
         (bad / "params.json").write_text(json.dumps({**params, "n_layers": 3}))
-        return dict(llama=bad), "layers.2"
+        return dict(llama=bad), "promises 3 layers, the weights hold 2"
     if what == "a projector of another shape":
         torch.save({"weight": torch.zeros(32, 48)}, bad)
         return dict(projector=bad), "48"
@@ -260,7 +260,7 @@ def break_input(inputs, tmp_path, what):
             header = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + (60000).to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00"
             archive.writestr("x.png", header + __import__("zlib").crc32(header[12:]).to_bytes(4, "big") + b"\0\0\0\0IDAT\x35\xaf\x06\x1e")
         bad.write_text(json.dumps([{"id": "s9", "image": "x.png", "caption": "x"}]))
-        return dict(data=bad, images=tmp_path / "pics.zip"), "sample s9: picture x.png: 60000x60000"
+        return dict(data=bad, images=tmp_path / "pics.zip"), "sample s9: picture x.png: not a readable picture (DecompressionBomb"
     if what == "no green token":
         shortest = len(system_ids(load_tokenizer(inputs / "llama/tokenizer.model"))) + 16 + 2
         return dict(max_length=shortest), "no green token"
