@@ -112,7 +112,7 @@ HF_CONFIG = {
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write; when the block ends well it becomes `path`, else it is removed and the old `path` is unharmed."""
+    """A file to write. If the block ends well it becomes `path`, else it is removed and the old `path` is unharmed."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")  # in the same folder: only within a disk is a rename atomic
     try:
@@ -125,8 +125,8 @@ def replacing(path):
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         free = shutil.disk_usage(path.parent).free // 2**20 if path.parent.is_dir() else 0
-        raise UserError(f"{path}: could not be written ({reason(error)}; {free} MiB are free there); free some space or "
-                        "choose another place; what was there before is unharmed") from None  # fmt: skip
+        raise UserError(f"{path}: could not be written ({reason(error)}; {free} MiB are free there), what was there "
+                        "before is unharmed; make room or choose another place") from None  # fmt: skip
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -141,7 +141,9 @@ def sync_folder(folder):
 
 
 def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".split("\n")[0][:150]
+    """In a few words of one line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+    return text.split("\n")[0][:150]
 
 
 def write_json(path, data):
@@ -158,7 +160,7 @@ def read_json(path, kind=object):
         place = f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{path}: not JSON at {place} ({error.msg}); is the file complete?") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({reason(error)})") from None
+        raise UserError(f"{path}: cannot be read as JSON ({reason(error)}); is the path right?") from None
     if not isinstance(data, kind):
         raise UserError(f"{path}: holds a JSON {type(data).__name__}, expected a {kind.__name__}")
     return data
@@ -171,21 +173,19 @@ def save_tensors(path, data):
 
 
 def load_tensors(path):
-    """What torch.save wrote (or the tensors of a TorchScript or .safetensors file), on the CPU, memory mapped.
+    """What torch.save wrote (or the tensors of a TorchScript or a .safetensors file), on the CPU, memory mapped.
 
     Tensors and plain values only: no code runs, whatever the file holds. The mapping is private: a write into a
-    tensor changes neither the file nor what other processes see of it. Raises UserError, saying what is wrong.
+    tensor changes neither the file nor what other processes see of it.
     """
     try:
         with open(path, "rb") as file:
             head = file.read(64)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({reason(error)}); is the path right?") from None
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: only a Git LFS pointer to the file; fetch the file itself with `git lfs pull`")
     zipped = head.startswith(b"PK\x03\x04")
-    if zipped and not zipfile.is_zipfile(path):  # a zip's table of contents is at its end
-        raise UserError(f"{path}: truncated (only {os.path.getsize(path)} bytes are there); copy or download it again")
     try:
         if Path(path).suffix == ".safetensors":
             from safetensors import safe_open
@@ -199,11 +199,13 @@ def load_tensors(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except ImportError:
         raise UserError(f"{path}: to read it, pip install safetensors") from None
+    except zipfile.BadZipFile:  # its table of contents is at its end
+        raise UserError(f"{path}: truncated at {os.path.getsize(path)} bytes; copy or download it again") from None
     except Exception as error:  # damaged files raise nearly anything
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
-            raise UserError(f"{path}: holds Python objects ({code[1]}), which are never loaded, for they can run code; "
-                            "get its weights as a plain dict of tensors") from None  # fmt: skip
+            raise UserError(f"{path}: holds Python objects ({code[1]}), which could run code and are never loaded; get its "
+                            "weights as a plain dict of tensors") from None  # fmt: skip
         raise UserError(f"{path}: damaged or not weights ({reason(error)}); copy or download it again") from None
 
 
@@ -267,6 +269,13 @@ class TorchScriptReader(pickle.Unpickler):
         return data.as_strided(size, stride, offset)  # checks the bounds
 
 
+def load_weights(path) -> dict[str, torch.Tensor]:
+    weights = load_tensors(path)
+    if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise UserError(f"{path}: expected a dict of tensors, as torch.save(model.state_dict(), ...) writes it")
+    return {str(name): tensor.detach() for name, tensor in weights.items()}
+
+
 def load_folder(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a Hugging Face folder: of the one file, or of those that the index names."""
     for name in ("pytorch_model.bin", "model.safetensors"):
@@ -278,7 +287,7 @@ def load_folder(folder: Path) -> dict[str, torch.Tensor]:
                 raise UserError(f"{index}: expected a weight_map from names to files of this folder")
         elif not (folder / name).is_file():
             continue
-        return {key: tensor for file in files for key, tensor in load_tensors(folder / file).items()}
+        return {key: tensor for file in files for key, tensor in load_weights(folder / file).items()}
     raise UserError(f"{folder}: expected pytorch_model.bin or model.safetensors, or the index JSON of its parts")
 
 
@@ -296,11 +305,9 @@ def checksum(path) -> str:
 # --- named tensors -> a model's parameters
 
 
-def translate(weights, table: dict, path) -> dict[str, list[torch.Tensor]]:
+def translate(weights: dict, table: dict, path) -> dict[str, list[torch.Tensor]]:
     """{new name: its parts, in the table's order}. Raises UserError on a name that the table does not have."""
-    if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
-        raise UserError(f"{path}: expected a dict of tensors, as torch.save(model.state_dict(), file) writes it")
-    parts, unknown = {}, {str(name): tensor.detach() for name, tensor in weights.items()}
+    parts, unknown = {}, dict(weights)
     for old, new in table.items():
         pattern = re.escape(old).replace(r"\.N\.", r"\.([0-9]{1,4})\.").replace(r"\*", "(.*)")
         for match in [match for name in unknown if (match := re.fullmatch(pattern, name))]:
@@ -399,7 +406,7 @@ def load_raw_llama(folder: Path, dtype) -> LLaMA:
         raise UserError(f"{folder}: expected consolidated.00.pth, .01.pth, ... without a gap; found {found}")
     parts = {}
     for file in files:
-        for name, pieces in translate(load_tensors(file), RAW_LLAMA, file).items():
+        for name, pieces in translate(load_weights(file), RAW_LLAMA, file).items():
             parts.setdefault(name, []).extend(pieces)
     params = {"n_kv_heads": given.get("n_heads"), "ffn_dim_multiplier": 1, "rope_theta": 10000.0, "vocab_size": -1}
     params |= {key: value for key, value in given.items() if value is not None}
@@ -411,7 +418,7 @@ def load_raw_llama(folder: Path, dtype) -> LLaMA:
 
 
 def ffn_width(dim: int, multiple_of: int, multiplier: float = 1) -> int:
-    """LLaMA's formula: SwiGLU has three matrices instead of two, so 2/3 of the usual 4 dim, rounded up to a multiple."""
+    """LLaMA's formula: SwiGLU has three matrices for the usual two, so 2/3 of the usual 4 dim, rounded up."""
     return multiple_of * math.ceil(int(multiplier * int(2 * 4 * dim / 3)) / multiple_of)
 
 
@@ -474,7 +481,7 @@ def build_llama(c: LLaMAConfig, parts: dict, dtype, path, *how) -> LLaMA:
         raise UserError(f"{path}: promises {c.n_layers} layers, the weights hold {n_layers}; are all files there?")
     with torch.device("meta"):
         llama = LLaMA(c)
-    fill(llama, parts, dtype, path, *how)
+    fill(llama, parts, dtype, path.parent, *how)
     return llama
 
 
@@ -522,7 +529,7 @@ def load_vision(path, feature_layer: int = FEATURE_LAYER, dtype=torch.float32) -
         weights = {name.removeprefix("vision_model."): tensor for name, tensor in load_folder(path).items()}
         parts = translate(weights, HF_CLIP, path)
     else:
-        parts = translate(load_tensors(path), OPENAI_CLIP, path)
+        parts = translate(load_weights(path), OPENAI_CLIP, path)
     if any(name.startswith(("attnpool.", "layer1.")) for name in parts):
         raise UserError(f"{path}: a ResNet CLIP, which has no patches to look at; take a ViT, such as ViT-L-14.pt")
     conv1, embedding = (parts.get(name, [torch.empty(0)])[0] for name in ("conv1.weight", "positional_embedding"))
@@ -532,7 +539,8 @@ def load_vision(path, feature_layer: int = FEATURE_LAYER, dtype=torch.float32) -
                         f"{tuple(embedding.shape)}); take OpenAI's ViT-L-14.pt or its Hugging Face folder")  # fmt: skip
 
     def block(name) -> int:
-        return int(name.split(".")[2]) if name.startswith("transformer.resblocks.") else -1
+        match = re.match(r"transformer\.resblocks\.([0-9]{1,4})\.", name)
+        return int(match[1]) if match else -1
 
     layers = len({block(name) for name in parts} - {-1})
     if not -layers - 1 <= feature_layer <= -1:
@@ -551,9 +559,9 @@ def load_vision(path, feature_layer: int = FEATURE_LAYER, dtype=torch.float32) -
 
 def load_projector(path) -> Projection:
     """W in fp32, from a projector.pth {"weight": (dim, vision_dim)[, "bias"]} or the original's mm_projector.bin."""
-    parts = translate(load_tensors(path), PROJECTOR, path)
+    parts = translate(load_weights(path), PROJECTOR, path)
     if "weight" not in parts or parts["weight"][0].dim() != 2:
-        raise UserError(f"{path}: no W in it: expected a matrix `weight` or `model.mm_projector.weight`")
+        raise UserError(f"{path}: expected the matrix of one linear layer, `weight` or `model.mm_projector.weight`")
     dim, vision_dim = parts["weight"][0].shape
     with torch.device("meta"):
         projector = Projection(vision_dim, dim, bias="bias" in parts)
@@ -566,15 +574,15 @@ def save_projector(projector: Projection, path):
 
 
 def build(llama: LLaMA, vision: VisionTransformer, projector: Projection | None = None, seed: int = 0) -> LLaVA:
-    """LLaVA of its parts; without a projector W is noise, drawn from `seed`. Raises UserError if the widths do not fit."""
+    """LLaVA of its parts; without a projector W is noise drawn from `seed`. Raises UserError if widths do not fit."""
     dim, width = llama.config.dim, vision.config.width
     if projector is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             projector = Projection(width, dim)
     if projector.weight.shape != (dim, width):
-        raise UserError(f"the projector's weight is {tuple(projector.weight.shape)}, but the LLaMA's dim is {dim} and the "
-                        f"ViT's width {width}; take the projector that was trained with these two")  # fmt: skip
+        raise UserError(f"the projector's weight is {tuple(projector.weight.shape)}, but the LLaMA's dim is {dim} and "
+                        f"the ViT's width {width}; take the projector that was trained with these two")  # fmt: skip
     return LLaVA(llama, vision, projector)
 
 
@@ -627,8 +635,8 @@ def load_run(run, dtype=torch.float32) -> tuple[LLaVA, object, dict]:
             raise UserError(f"{run / name}: {path} is not there any more; put it back, or set {key!r} in this file to "
                             "where it is now")  # fmt: skip
     if checksum(vision["path"]) != vision["sha256"]:
-        raise UserError(f"{vision['path']}: not the ViT that {run} was trained with (its sha256 in vision.json is another); "
-                        "put the old one back, or train again")  # fmt: skip
+        raise UserError(f"{vision['path']}: not the ViT that {run} was trained with (vision.json has another sha256); "
+                        "put that one back, or train again")  # fmt: skip
     llava = build(
         load_llama(llama_path, dtype),
         load_vision(vision["path"], vision["feature_layer"], dtype),
@@ -641,7 +649,7 @@ def load_run(run, dtype=torch.float32) -> tuple[LLaVA, object, dict]:
 
 
 def save_state(run, state: dict, step: int):
-    """Replaces run/state/training.pth, whole or not at all. state: tensors and plain Python values, nested as you like."""
+    """Replaces run/state/training.pth, whole or not at all. state: tensors and plain Python values, nested."""
     assert plain(state), "weights_only could not load it again: only tensors, dict, list, tuple, str, numbers, None"
     save_tensors(Path(run) / "state" / "training.pth", state | {"step": step})
 

@@ -11,6 +11,7 @@ Training and held-out scenes are disjoint: which a scene is follows from a hash 
 import argparse
 import itertools
 import json
+import math
 import random
 import re
 import shutil
@@ -18,7 +19,19 @@ import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from conversation import IMAGE, IMAGE_ID, UserError, load_tokenizer, system_ids, tokenize
+import numpy as np
+import sentencepiece
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from tqdm import tqdm, trange
+
+import checkpoint
+from conversation import IMAGE, IMAGE_ID, UserError, load_tokenizer, render, system_ids, tokenize
+from data import from_caption, from_scienceqa
+from model import LLaMA, LLaMAConfig, flat_attention, positions
+from vision import VisionConfig, VisionTransformer, normalize
 
 RECIPE, SEED = "scenes", 1  # change RECIPE with the world or the training; both are in the shipped files' names
 SHIPPED = Path(__file__).parent / "demo"
@@ -73,10 +86,8 @@ def draw_scene(dice: random.Random, held_out: bool = False, counts=(1, 2, 2, 3, 
             return scene
 
 
-def draw_picture(scene: Scene, dice: random.Random):
-    """The scene as a Pillow image: each thing shifted, sized and shaded a little at random, on a pale ground."""
-    from PIL import Image, ImageDraw
-
+def draw_picture(scene: Scene, dice: random.Random) -> Image.Image:
+    """The scene: each thing shifted, sized and shaded a little at random, on a pale ground."""
     Z = 4  # drawn larger, then averaged down: smooth edges
     ground = dice.randint(215, 250)
     image = Image.new("RGB", (PIXELS * Z, PIXELS * Z), tuple(ground + dice.randint(-5, 5) for _ in range(3)))
@@ -121,13 +132,15 @@ def ask(scene: Scene, dice: random.Random) -> tuple[str, str]:
         if not unique:
             return ask(scene, dice)
         t = dice.choice(unique)
-        return dice.choice([f"What colour is the {t.shape}?", f"Which colour has the {t.shape}?"]), f"It is {t.colour}."
+        question = dice.choice((f"What colour is the {t.shape}?", f"Which colour has the {t.shape}?"))
+        return question, f"It is {t.colour}."
     if kind == "shape":
         unique = [t for t in scene if sum(u.colour == t.colour for u in scene) == 1]
         if not unique:
             return ask(scene, dice)
         t = dice.choice(unique)
-        return dice.choice([f"What shape is the {t.colour} thing?", f"Which shape has the {t.colour} thing?"]), f"It is a {t.shape}."
+        question = dice.choice((f"What shape is the {t.colour} thing?", f"Which shape has the {t.colour} thing?"))
+        return question, f"It is a {t.shape}."
     if kind == "size":
         return dice.choice([f"How big is the {t.name}?", f"Is the {t.name} big or small?"]), f"It is {t.size}."
     if kind == "where":
@@ -149,11 +162,8 @@ NUMBERS = ("no", "one", "two", "three")
 
 
 def conversation(scene: Scene, dice: random.Random) -> list[str]:
-    turns = {}
-    for _ in range(8):
-        question, answer = ask(scene, dice)
-        turns.setdefault(question, answer)
-    return [message for turn in list(turns.items())[: dice.randint(2, 4)] for message in turn]
+    turns = dict(ask(scene, dice) for _ in range(dice.randint(3, 7)))
+    return [message for turn in turns.items() for message in turn]
 
 
 def detail(scene: Scene, dice: random.Random) -> list[str]:
@@ -169,11 +179,10 @@ def detail(scene: Scene, dice: random.Random) -> list[str]:
 def reasoning(scene: Scene, dice: random.Random) -> list[str]:
     """A question whose answer says first what it is concluded from."""
     kinds = ["more"]
-    columns = [PLACES.index(t.place) % 3 for t in scene]
-    rows = [PLACES.index(t.place) // 3 for t in scene]
-    ends = [(side, max(range(len(scene)), key=lambda i: sign * line[i]))
-            for side, line, sign in (("left", columns, -1), ("right", columns, 1), ("top", rows, -1), ("bottom", rows, 1))
-            if len(scene) > 1 and line.count(sign * max(sign * v for v in line)) == 1]  # fmt: skip
+    x, y = ([PLACES.index(t.place) % 3 for t in scene], [PLACES.index(t.place) // 3 for t in scene])
+    ends = [(side, line.index(most(line)))  # the sides that one thing alone is nearest to
+            for side, line, most in (("left", x, min), ("right", x, max), ("top", y, min), ("bottom", y, max))
+            if len(scene) > 1 and line.count(most(line)) == 1]  # fmt: skip
     kinds += ["first", "first"] * bool(ends)
     sizes = [t.size for t in scene]
     kinds += ["biggest"] * (sizes.count("big") == 1 and len(scene) > 1)
@@ -223,17 +232,18 @@ def options(dice: random.Random, right: str, among, most: int = 4) -> tuple[list
 def quiz_picture(subject: str, scene: Scene, dice: random.Random) -> dict:
     t = dice.choice(scene)
     if subject == "natural science":
-        question = dice.choice((f"What colour is the thing at the {t.place}?", f"Which colour has the thing at the {t.place}?"))
+        wordings = f"What colour is the thing at the {t.place}?", f"Which colour has the thing at the {t.place}?"
         right, among, lecture = t.colour, COLOURS, "We see things by the light that they reflect."
         solution = f"The {t.shape} at the {t.place} is {t.colour}."
     elif subject == "social science":
-        question = dice.choice((f"Look at the map. Where is the {t.name}?", f"In which part of the map is the {t.name}?"))
+        wordings = f"Look at the map. Where is the {t.name}?", f"In which part of the map is the {t.name}?"
         right, among, lecture = t.place, PLACES, "A map shows where things are."
         solution = f"The {t.name} is at the {t.place}."
     else:
-        question = dice.choice((f"Which word names the thing at the {t.place}?", f"Which noun fits the thing at the {t.place}?"))
+        wordings = f"Which word names the thing at the {t.place}?", f"Which noun fits the thing at the {t.place}?"
         right, among, lecture = t.shape, SHAPES, "A noun names a thing."
         solution = f"At the {t.place} there is a {t.shape}."
+    question = dice.choice(wordings)
     choices, answer = options(dice, right, among)
     hint = dice.choice(("", "", "The picture shows a few things."))
     return dict(question=question, choices=choices, answer=answer, hint=hint, lecture=lecture, solution=solution)
@@ -263,11 +273,13 @@ def quiz_text(subject: str, dice: random.Random) -> dict:
 def quiz_fact(subject: str, dice: random.Random) -> dict:
     facts, lecture, wordings, solution = {
         "natural science": (CLASSES, "Animals are sorted into classes.",
-                            ("What kind of animal is the {}?", "To which class belongs the {}?"), "The {} is of the class {}."),
+                            ("What kind of animal is the {}?", "To which class belongs the {}?"),
+                            "The {} is of the class {}."),
         "social science": (CAPITALS, "The capital is the seat of the government.",
                            ("What is the capital of {}?", "Which city governs {}?"), "The capital of {} is {}."),
         "language science": (WORDS, "Words are sorted by what they do.",
-                             ("What kind of word is {}?", "Which part of speech is {}?"), "The word {} is of the kind {}."),
+                             ("What kind of word is {}?", "Which part of speech is {}?"),
+                             "The word {} is of the kind {}."),
     }[subject]  # fmt: skip
     asked = dice.choice(list(facts))
     choices, answer = options(dice, facts[asked], facts.values())
@@ -277,7 +289,7 @@ def quiz_fact(subject: str, dice: random.Random) -> dict:
 
 
 def quiz(dice: random.Random, held_out: bool = False) -> tuple[dict, Scene | None]:
-    """A problem of a random subject that needs its picture, its hint, or something learned -> (record, scene or None)."""
+    """A problem that needs its picture, its hint, or something learned before -> (record, scene or None)."""
     subject = dice.choice(("natural science", "social science", "language science"))
     kind, scene = dice.choice(("picture", "picture", "text", "fact")), None
     if kind == "picture":
@@ -309,8 +321,6 @@ def prepare(folder: Path, progress: bool = True) -> None:
 
     It is made under another name and renamed when complete. Raises UserError if `folder` holds anything else.
     """
-    from tqdm import tqdm
-
     recipe = dict(recipe=RECIPE, seed=SEED, captioned=CAPTIONED, held_out=HELD_OUT, quiz=QUIZ)
     folder = Path(folder)
     if folder.exists():
@@ -325,7 +335,8 @@ def prepare(folder: Path, progress: bool = True) -> None:
     dice = random.Random(f"data {SEED}")
 
     files = dict(captions=[], conversation=[], detail=[], reasoning=[])
-    bar = tqdm(total=CAPTIONED + HELD_OUT + sum(QUIZ.values()), desc="drawing the demo", disable=not progress, mininterval=1)
+    total = CAPTIONED + HELD_OUT + sum(QUIZ.values())
+    bar = tqdm(total=total, desc="drawing the demo", disable=not progress, mininterval=1)
     for i in range(CAPTIONED):
         scene, image = draw_scene(dice), f"train-{i:05}.png"
         draw_picture(scene, dice).save(partial / "images" / image)
@@ -343,8 +354,9 @@ def prepare(folder: Path, progress: bool = True) -> None:
         image = f"test-{i:05}.png"
         draw_picture(scene, dice).save(partial / "images" / image)
         questions = dict(ask(scene, dice) for _ in range(6))
-        files["heldout"].append({"image": image, "scene": [vars(t) for t in scene], "caption": caption(scene, dice),
-                                 "questions": [{"question": q, "answer": a} for q, a in questions.items()]})  # fmt: skip
+        questions = [{"question": question, "answer": answer} for question, answer in questions.items()]
+        record = {"image": image, "scene": [vars(t) for t in scene], "caption": caption(scene, dice)}
+        files["heldout"].append(record | {"questions": questions})
         bar.update()
     problems, splits = {}, {split: [] for split in QUIZ}
     for split, count in QUIZ.items():
@@ -419,10 +431,8 @@ def caption_score(text: str, scene: Scene) -> dict[str, float]:
     if len(named) > 6:  # a runaway caption: its first things stand for it, the others count as invented
         named = named[:6]
     short, long = sorted((named, truth), key=len)
-    best = max(
-        ([sum(a[k] == b[k] for a, b in zip(short, order)) for k in range(4)] for order in itertools.permutations(long, len(short))),
-        key=sum,
-    )
+    pairings = (list(zip(short, order)) for order in itertools.permutations(long, len(short)))
+    best = max(([sum(a[k] == b[k] for a, b in pairs) for k in range(4)] for pairs in pairings), key=sum)
     return {attribute: hits / n for attribute, hits in zip(ATTRIBUTES, best)}
 
 
@@ -433,21 +443,25 @@ def caption_scores(captions: list[str], scenes: list[Scene]) -> dict[str, float]
     return mean | {"all": sum(mean.values()) / len(mean)}
 
 
-def caption_report(before: list[str], after: list[str], swapped: list[str], held_out: list[HeldOut], samples: int = 4) -> str:
+def caption_report(before: list[str], after: list[str], swapped: list[str], held_out: list[HeldOut], samples=4) -> str:
     """What stage 1 prints at its end: a few captions before and after, and how much of them is right.
 
     before, after: captions of each held-out picture by the untrained and the trained W; swapped: by the trained W,
     but of another scene's picture (that of the next one in the list). Chance: the true captions of all the others.
     """
     scenes = [h.scene for h in held_out]
-    chance = [caption_scores([h.caption for h in held_out[i:] + held_out[:i]], scenes) for i in range(1, len(held_out), 7)]
-    rows = {"W untrained": caption_scores(before, scenes), "W trained": caption_scores(after, scenes),
-            "another scene's picture": caption_scores(swapped, scenes),
-            "chance (others' true captions)": {k: sum(c[k] for c in chance) / len(chance) for k in chance[0]}}  # fmt: skip
+    truths = [h.caption for h in held_out]
+    chance = [caption_scores(truths[i:] + truths[:i], scenes) for i in range(1, len(truths), 7)]
+    rows = {
+        "W untrained": caption_scores(before, scenes),
+        "W trained": caption_scores(after, scenes),
+        "W trained, another scene's picture": caption_scores(swapped, scenes),
+        "chance: other scenes' true captions": {k: sum(c[k] for c in chance) / len(chance) for k in chance[0]},
+    }
     lines = []
     for h, b, a in list(zip(held_out, before, after))[:samples]:
         lines += [h.image.name, f"  truth   {h.caption}", f"  before  {' '.join(b.split())[:100]}", f"  after   {a}"]
-    lines += ["", f"attributes named right, {len(scenes)} held-out scenes".ljust(46) + "  size  colour  shape  place    all"]
+    lines += ["", f"{f'% named right, {len(scenes)} held-out scenes':46}  size  colour  shape  place    all"]
     for name, row in rows.items():
         lines.append(f"  {name:44}" + "".join(f"{100 * row[k]:{w}.1f}" for k, w in zip(row, (6, 8, 7, 7, 7))))
     return "\n".join(lines)
@@ -475,16 +489,14 @@ def in_words(scene: Scene, dice: random.Random) -> list[str]:
 
 def told(dice: random.Random) -> tuple[list[str], Scene | None]:
     """What the LLaMA practises on: a conversation (with `<image>` where the scene's words go) and its scene."""
-    import data
-
-    kind = dice.choices(("caption", "conversation", "detail", "reasoning", "quiz"), (5, 6, 2, 2, 5))[0]
+    kind = dice.choices(("caption", "conversation", "detail", "reasoning", "quiz"), (4, 8, 1, 2, 5))[0]
     if kind == "quiz":
         problem, scene = quiz(dice)
         record = problem | dict(id="", image_path=problem["image"])
-        return data.from_scienceqa(record, dice).turns, scene
+        return from_scienceqa(record, dice).turns, scene
     scene = draw_scene(dice)
     if kind == "caption":
-        return data.from_caption({"image": "picture.png", "caption": caption(scene, dice)}, dice).turns, scene
+        return from_caption({"image": "picture.png", "caption": caption(scene, dice)}, dice).turns, scene
     turns = dict(conversation=conversation, detail=detail, reasoning=reasoning)[kind](scene, dice)
     return with_picture(turns, dice), scene
 
@@ -509,17 +521,13 @@ def spell(sp, turns: list[str], scene: Scene | None, dice: random.Random):
 
 VOCAB = 1024
 LLAMA_SHAPE = dict(dim=128, n_layers=4, n_heads=4, n_kv_heads=4, ffn_dim=352, vocab_size=VOCAB, norm_eps=1e-5)
-LLAMA_TRAINING = dict(steps=3000, batch_size=64, lr=3e-3)
+LLAMA_TRAINING = dict(steps=5000, batch_size=32, lr=3e-3)
 VIT_SHAPE = dict(image_size=PIXELS, patch_size=PATCH, width=128, layers=4)
-VIT_TRAINING = dict(steps=1500, batch_size=128, lr=1.5e-3)
+VIT_TRAINING = dict(steps=1000, batch_size=128, lr=1e-3)
 
 
 def train_tokenizer(path: Path):
     """SentencePiece BPE with LLaMA's settings, on the text of the conversations."""
-    import sentencepiece
-
-    from conversation import render
-
     dice = random.Random(f"tokenizer {SEED}")
     lines = []
     for _ in range(8000):
@@ -542,8 +550,6 @@ def train_tokenizer(path: Path):
 
 def schedule(optimizer, step: int, steps: int, lr: float):
     """Warm-up over the first 5 %, then half a cosine down to 2 % of the peak."""
-    import math
-
     rate = min(1, (step + 1) / (0.05 * steps)) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
     for group in optimizer.param_groups:
         group["lr"] = lr * rate
@@ -552,8 +558,6 @@ def schedule(optimizer, step: int, steps: int, lr: float):
 
 def padded_attention(cu_seqlens, n_layers: int, prefix=None) -> list:
     """`model.flat_attention`, as one product over a padded rectangle: faster for many short samples on a CPU."""
-    import torch
-
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
     B, T, S = len(lengths), int(lengths.max()), len(prefix[0][0]) if prefix else 0
     at = (torch.arange(T) < lengths[:, None]).nonzero(as_tuple=True)  # row and column of each flat position
@@ -571,12 +575,6 @@ def padded_attention(cu_seqlens, n_layers: int, prefix=None) -> list:
 
 def train_llama(sp, steps: int, batch_size: int, lr: float):
     """A LLaMA from noise, by the loss over green tokens on text alone; no picture and no feature of one comes in."""
-    import torch
-    import torch.nn.functional as F
-    from tqdm import trange
-
-    from model import LLaMA, LLaMAConfig, flat_attention, positions
-
     torch.manual_seed(SEED)
     dice = random.Random(f"llama {SEED}")
     llama = LLaMA(LLaMAConfig(**LLAMA_SHAPE))
@@ -584,9 +582,9 @@ def train_llama(sp, steps: int, batch_size: int, lr: float):
         if p.dim() == 2:
             last = name.endswith(("wo.weight", "w2.weight"))
             torch.nn.init.normal_(p, std=0.3 if "embeddings" in name else p.shape[1] ** -0.5 * (0.35 if last else 1))
-    decay = [p for p in llama.parameters() if p.dim() == 2]
-    rest = [p for p in llama.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([dict(params=decay, weight_decay=0.05), dict(params=rest, weight_decay=0)], betas=(0.9, 0.98))
+    matrices, gains = ([p for p in llama.parameters() if (p.dim() == 2) == is_matrix] for is_matrix in (True, False))
+    groups = [dict(params=matrices, weight_decay=0.05), dict(params=gains, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
     system, n_layers = torch.tensor(system_ids(sp)), LLAMA_SHAPE["n_layers"]
     bar, mean = trange(steps, desc="LLaMA", mininterval=2), None
     for step in bar:
@@ -630,15 +628,6 @@ def train_vit(sp, steps: int, batch_size: int, lr: float):
     Batches are made of families of four scenes that differ in one attribute, or else colours and places would do.
     Returns the state dict under OpenAI's names, ln_post and proj included.
     """
-    import numpy as np
-    import torch
-    import torch.nn as nn
-    import torch.nn.functional as F
-    from tqdm import trange
-
-    from model import LLaMA, LLaMAConfig, positions
-    from vision import VisionConfig, VisionTransformer, normalize
-
     torch.manual_seed(SEED)
     dice = random.Random(f"vit {SEED}")
     width = VIT_SHAPE["width"]
@@ -691,13 +680,7 @@ def probe(vision: Path, n: int = 600) -> dict[str, float]:
 
     Least squares on the patches of n pictures, tested on n held-out ones -> share right, per attribute.
     """
-    import numpy as np
-    import torch
-
-    from checkpoint import load_vision
-    from vision import normalize
-
-    vit, dice = load_vision(vision), random.Random("probe")
+    vit, dice = checkpoint.load_vision(vision), random.Random("probe")
     covers = [PLACES[i // 12 * 3 + i % 6 // 2] for i in range(36)]  # the place that each of the 6x6 patches is in
     found = []
     for held_out in (False, True):
@@ -719,14 +702,12 @@ def probe(vision: Path, n: int = 600) -> dict[str, float]:
 
 def build(folder: Path):
     """Makes everything in demo/ from nothing, in `folder`."""
-    import torch
-
-    torch.set_num_threads(torch.get_num_threads())
     llama_folder, vision = folder / LLAMA.name, folder / VISION.name
     llama_folder.mkdir(parents=True, exist_ok=True)
     sp = train_tokenizer(llama_folder / "tokenizer.model")
     llama = train_llama(sp, **LLAMA_TRAINING)
-    torch.save({name: p.detach().half() for name, p in llama.state_dict().items()}, llama_folder / "consolidated.00.pth")
+    weights = {name: p.half() for name, p in llama.state_dict().items()}
+    torch.save(weights, llama_folder / "consolidated.00.pth")
     shape = {k: LLAMA_SHAPE[k] for k in ("dim", "n_layers", "n_heads", "vocab_size", "norm_eps")} | dict(multiple_of=32)
     (llama_folder / "params.json").write_text(json.dumps(shape))
     torch.save({name: p.half() for name, p in train_vit(sp, **VIT_TRAINING).items()}, vision)

@@ -82,15 +82,9 @@ def score(problems: list[dict], outputs: dict[str, str]) -> dict:
             asked[name] += 1
             right[name] += results[problem["id"]] == problem["answer"]
     scores = {name: 100 * right[name] / asked[name] if asked[name] else None for name in CATEGORIES}
-    return {
-        "acc": scores["Avg"],
-        "correct": right["Avg"],
-        "count": asked["Avg"],
-        "unparsed": sum(index < 0 for index in results.values()),
-        "scores": scores,
-        "results": results,
-        "outputs": {p["id"]: outputs[p["id"]] for p in problems if p["id"] in outputs},
-    }
+    unparsed = sum(index < 0 for index in results.values())
+    return dict(acc=scores["Avg"], correct=right["Avg"], count=asked["Avg"], unparsed=unparsed, scores=scores, results=results,
+                outputs={id: outputs[id] for id in results if id in outputs})  # fmt: skip
 
 
 def table(problems: list[dict], result: dict) -> str:
@@ -100,8 +94,7 @@ def table(problems: list[dict], result: dict) -> str:
     lines = [f"{row[0]:9}" + "".join(f"{cell:>8}" for cell in row[1:]) for row in rows]
     lines.append(f"{result['correct']} of {result['count']} right; {result['unparsed']} unparsed (they name no choice, "
                  "or several, and count as wrong)")  # fmt: skip
-    absent = result["count"] - len(result["outputs"])
-    if absent:
+    if absent := result["count"] - len(result["outputs"]):
         lines.append(f"{absent} of the questions have no answer at all; they count as unparsed")
     return "\n".join(lines)
 
@@ -120,11 +113,8 @@ def read_predictions(path: Path) -> dict[str, str]:
 # --- the answers
 
 
-def open_run(run: Path, trained_by: str, device) -> tuple:
-    """A run directory, for use -> model, tokenizer, config, the context to compute in.
-
-    trained_by: the command that makes such a run, for the message if there is none.
-    """
+def check_run(run: Path, trained_by: str) -> dict:
+    """The config of a run directory, if it can be asked as this file and chat.py ask; trained_by: what makes such a run."""
     if not (run / "config.json").is_file():
         raise UserError(f"{run}: no run is there; first train it: {trained_by} --out {run}")
     config = checkpoint.read_json(run / "config.json", dict)
@@ -132,10 +122,15 @@ def open_run(run: Path, trained_by: str, device) -> tuple:
         if config.get(name) != only:
             raise UserError(f"{run / 'config.json'}: trained with the {name} {config.get(name)!r}; only {only!r} is known "
                             "here, and asked in another it would answer badly")  # fmt: skip
-    bf16 = config.get("precision") == "bf16"
-    model, sp, config = checkpoint.load_run(run, torch.bfloat16 if bf16 else torch.float32)
+    return config
+
+
+def open_run(run: Path, device) -> tuple:
+    """A run directory, for use -> model, tokenizer, the context to compute in (the precision it was trained in)."""
+    bf16 = checkpoint.read_json(run / "config.json", dict).get("precision") == "bf16"
+    model, sp, _ = checkpoint.load_run(run, torch.bfloat16 if bf16 else torch.float32)
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
-    return model.to(device).requires_grad_(False), sp, config, autocast
+    return model.to(device).requires_grad_(False), sp, autocast
 
 
 def fingerprint(a, problems: list[dict]) -> str:
@@ -160,26 +155,39 @@ def fingerprint(a, problems: list[dict]) -> str:
 
 def part_files(out: Path, key: str = "") -> list[Path]:
     """Where the processes write their answers as they come: out's name, then the fingerprint and the process."""
-    return [path for path in sorted(out.parent.glob("*.part*.jsonl")) if path.name.startswith(f"{out.stem}.{key}")]
+    name = re.compile(re.escape(out.stem) + rf"\.{key or '[0-9a-f]+'}\.part[0-9]+\.jsonl")
+    return [path for path in sorted(out.parent.iterdir()) if name.fullmatch(path.name)]
+
+
+def keep(path: Path, lines: list[str]):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            print("", *lines, sep="\n", file=file)  # the first line break ends half a line of a process that was killed
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another --out") from None
 
 
 def answer(a, problems: list[dict], rank: int, world: int, device) -> tuple[dict[str, str], str]:
-    """The model's answers -> {id: text}, and how they were asked for. All processes take part.
+    """The model's answers -> {id: text}, and what it saw the pictures with. All processes take part.
 
     The split is cut into the same batches however many processes share them, so that they say the same.
     """
-    key, lines = fingerprint(a, problems) if rank == 0 else "", []
-    for path in part_files(a.out, key) if rank == 0 else []:
-        lines += path.read_text(encoding="utf-8", errors="replace").splitlines()
-    key, *lines = gathered([key, *lines] if rank == 0 else [])
+    before = []
+    if rank == 0:
+        before = [fingerprint(a, problems)]
+        keep(a.out.with_name(f"{a.out.stem}.{before[0]}.part0.jsonl"), [])  # better fail now than after the first batch
+        for path in part_files(a.out, before[0]):
+            before += path.read_text(encoding="utf-8", errors="replace").splitlines()
+    key, *before = gathered(before)
     outputs = {}
-    for line in lines:
-        with contextlib.suppress(ValueError):  # the last line of a process that was killed may be half of one
+    for line in before:
+        with contextlib.suppress(ValueError):  # half a line
             outputs.update([json.loads(line)])
     if outputs and rank == 0:
         print(f"{len(outputs)} of {len(problems)} questions were answered before; going on with the others")
 
-    model, sp, config, autocast = open_run(a.model, TRAINED_BY, device)
+    model, sp, autocast = open_run(a.model, device)
     n_patches, size, prefix_ids = model.vision.config.n_patches, model.vision.config.image_size, system_ids(sp)
     encode = Encoder(sp, n_patches, size, Pictures(a.data), NO_LIMIT, prefix_ids)
     prompts = [Example(p["id"], [scienceqa_question(p)], p["image_path"]) for p in problems]
@@ -189,7 +197,7 @@ def answer(a, problems: list[dict], rank: int, world: int, device) -> tuple[dict
     batches = [todo for batch in batches if (todo := [p for p in batch if p.id not in outputs])]
     n, began, said = sum(map(len, batches)), time.time(), []
     bar = tqdm(total=len(problems), initial=len(outputs), unit="question", desc="answering", disable=rank != 0)
-    with autocast, torch.inference_mode(), open(a.out.with_name(f"{a.out.stem}.{key}.part{rank}.jsonl"), "a") as part:
+    with autocast, torch.inference_mode():
         prefix = model.read_prefix(torch.tensor(prefix_ids, device=device))
         for i in range(rank, len(batches), world):
             try:
@@ -199,7 +207,7 @@ def answer(a, problems: list[dict], rank: int, world: int, device) -> tuple[dict
             except torch.cuda.OutOfMemoryError:
                 raise UserError(f"out of memory with {len(batches[i])} questions at once; lower --batch-size") from None
             new = [json.dumps([p.id, text]) for p, text in zip(batches[i], texts)]
-            print("", *new, sep="\n", file=part, flush=True)  # the first line break ends a half line of before
+            keep(a.out.with_name(f"{a.out.stem}.{key}.part{rank}.jsonl"), new)
             said += new
             bar.update(sum(map(len, batches[i : i + world])))  # the other processes are about as far
     bar.close()
@@ -207,9 +215,7 @@ def answer(a, problems: list[dict], rank: int, world: int, device) -> tuple[dict
     if n and rank == 0:
         seconds = time.time() - began
         print(f"{n} questions in {seconds:.1f} s: {n / seconds:.1f} questions/s, {a.batch_size} at a time")
-    task = config.get("settings", {}).get("task", "unknown")
-    return outputs, (f"{a.model}, trained for {task}: {config['template']}, {config['prompt']}, "
-                     f"ViT layer {model.vision.feature_layer}, pictures of {size} px")  # fmt: skip
+    return outputs, f"ViT layer {model.vision.feature_layer}, pictures of {size} px"
 
 
 # --- the page
@@ -251,9 +257,8 @@ def page(title: str, about: str, folder: Path, problems: list[dict], result: dic
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    show_defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=show_defaults)
     add = parser.add_argument
     add("--model", type=Path, metavar="RUN", default=Path("runs/scienceqa"), help="a run directory of stage 2")
     add("--data", type=Path, metavar="DIR", help="ScienceQA: problems.json, pid_splits.json, images/ (None: the demo's)")
@@ -265,9 +270,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--predictions", type=Path, metavar="FILE", help="score these answers, {id: text} as JSON; no model is loaded")
     add("--missing-pictures-as-text", action="store_true", help="ask problems without their picture where it is absent")
     a = parser.parse_args(argv)
-    for name in ("batch_size", "max_new_tokens"):
-        if getattr(a, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be 1 or more")
+    if a.batch_size < 1 or a.max_new_tokens < 1:
+        raise UserError("--batch-size and --max-new-tokens must be 1 or more")
     if a.out is None and a.predictions:
         a.out = a.predictions.with_name(a.predictions.stem + "_scored.json")
     a.out = a.out or a.model / f"answers_{re.sub('[^A-Za-z0-9_-]', '_', a.split)}.json"
@@ -297,12 +301,12 @@ def evaluate(a, rank: int, world: int, device):
         if strangers and rank == 0:
             print(f"{strangers} of the answers are not to questions of split {a.split} and are left out")
     else:
-        if (a.model / "config.json").is_file():  # else open_run says what to do
-            stage = checkpoint.read_json(a.model / "config.json", dict).get("stage")
-            if stage != 2:
-                raise UserError(f"{a.model}: a run of stage {stage}; take one of stage 2: {TRAINED_BY}")
-            a.out.parent.mkdir(parents=True, exist_ok=True)
-        outputs, about = answer(a, problems, rank, world, device)
+        config = check_run(a.model, TRAINED_BY)
+        if config.get("stage") != 2:
+            raise UserError(f"{a.model}: a run of stage {config.get('stage')}; take one of stage 2: {TRAINED_BY}")
+        outputs, eyes = answer(a, problems, rank, world, device)
+        task = config.get("settings", {}).get("task", "an unknown task")
+        about = f"{a.model}, trained for {task}: {config['template']}, {config['prompt']}, {eyes}"
     if rank != 0:
         return
     result, title = score(problems, outputs), f"ScienceQA, split {a.split}"

@@ -34,7 +34,7 @@ def llama_tokenizer():
 def tiny_tokenizer():
     """A SentencePiece model with LLaMA's settings and byte fallback, of few pieces."""
     model = io.BytesIO()
-    words = "A chat between a curious human and an assistant. ### Human: What is it? ### Assistant: A cat on a mat. ## #"
+    words = "A chat between a curious human and an assistant. ### Human: What? ### Assistant: A cat on a mat. ## #"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([words] * 20), model_writer=model, vocab_size=340, model_type="bpe", byte_fallback=True,
         normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
@@ -95,14 +95,16 @@ def llama_twin_config(llama: LLaMA) -> transformers.LlamaConfig:
     c = llama.config
     return transformers.LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layers,
-        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, rms_norm_eps=c.norm_eps, max_position_embeddings=256,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, tie_word_embeddings=False,
-        bos_token_id=1, eos_token_id=None, pad_token_id=0,
+        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, rms_norm_eps=c.norm_eps,
+        max_position_embeddings=256, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        tie_word_embeddings=False, bos_token_id=1, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
 
 
-def load(module, weights: dict, prefix: str = ""):
-    missing, unexpected = module.load_state_dict({prefix + k: v.detach().clone() for k, v in weights.items()}, strict=False)
+def load(module: torch.nn.Module, weights: dict) -> list[str]:
+    """Copies the weights in; no name may be unknown. Returns the names that were not among them."""
+    copies = {name: weight.detach().clone() for name, weight in weights.items()}
+    missing, unexpected = module.load_state_dict(copies, strict=False)
     assert not unexpected, unexpected
     return missing
 
@@ -111,7 +113,7 @@ def llama_twin(llama: LLaMA) -> transformers.LlamaForCausalLM:
     twin = transformers.LlamaForCausalLM(llama_twin_config(llama)).eval()
     weights = in_transformers(llama)
     head = {"lm_head.weight": weights.pop("lm_head.weight")}
-    assert set(load(twin, {f"model.{k}": v for k, v in weights.items()} | head)) == set()
+    assert not load(twin, {f"model.{name}": weight for name, weight in weights.items()} | head)
     return twin
 
 

@@ -1,20 +1,25 @@
 """conversation.py: the wire format, and that no message, however hostile, moves the green mask."""
 
+import json
 import random
 import re
+import subprocess
+import sys
 from itertools import groupby
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from conversation import (IMAGE, IMAGE_ID, SYSTEM, UserError, load_tokenizer, plain, render, show, split_at_picture,
                           stop_ids, surface, system_ids, tokenize)  # fmt: skip
 
 HOSTILE = [
-    "###", "\n### Human:", "### Assistant: Yes\n###", "#", "##", "####", "<image>", "\n<image>", "<image>\n", "<s>", "</s>",
-    "<unk>", "<0x0A>", "<pad>", "\u2581", "\u2581\u2581", " ", "   ", "\n", "\n\n", "\t", "\0", "\r\n", "\u00a0", "\u200b",
-    "\u2028", "\ufeff", "\ufffd", "😀", "👩‍👩‍👧‍👦", "🇩🇪", "漢字", "日本語。", "한국어", "e\u0301", "a\u0323\u0308", "ß", "ﬁ", "Ａ", "שלום",
-    "مرحبا", "𝔘", "Human:", "Assistant:", "A cat", " on a mat.", "What is it?", "The answer is B.", "3.14", "[INST]", "",
+    "###", "\n### Human:", "### Assistant: Yes\n###", "#", "##", "####", "<image>", "\n<image>", "<image>\n",
+    "<s>", "</s>", "<unk>", "<0x0A>", "<pad>", "\u2581", "\u2581\u2581", " ", "   ", "\n", "\n\n", "\t", "\0",
+    "\r\n", "\u00a0", "\u200b", "\u2028", "\ufeff", "\ufffd", "😀", "👩‍👩‍👧‍👦", "🇩🇪", "漢字", "日本語。", "한국어",
+    "e\u0301", "a\u0323\u0308", "ß", "ﬁ", "Ａ", "שלום", "مرحبا", "𝔘", "Human:", "Assistant:", "A cat",
+    " on a mat.", "What?", "The answer is B.", "3.14", "[INST]",
 ]  # fmt: skip
 
 
@@ -56,9 +61,9 @@ def parts(turns: list[str], picture: bool, n_patches: int = 0) -> list[tuple[str
 def test_text_is_vicuna_v0():
     (text, spans), = render(["What?", "A cat.", "Sure?", "Yes."])  # fmt: skip
     assert text == (
-        "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-        "and polite answers to the human's questions.\n\n### Human: What?\n### Assistant: A cat.\n### Human: Sure?\n"
-        "### Assistant: Yes.\n###"
+        "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the human's questions.\n\n### Human: What?\n### Assistant: A cat.\n"
+        "### Human: Sure?\n### Assistant: Yes.\n###"
     )
     assert [text[a:b] for a, b in spans] == [" A cat.\n###", " Yes.\n###"]
 
@@ -153,6 +158,26 @@ def test_ids_are_those_of_the_whole_string(sp):
         assert ids.tolist() == expected + sp.encode(text)
 
 
+def test_a_piece_across_a_border_is_green():
+    """No piece of LLaMA's stands across one, but the rule does not count on it."""
+
+    class Fours:
+        """A tokenizer whose every piece is four characters."""
+
+        bos_id = staticmethod(lambda: 1)
+
+        def encode(self, text, return_type):
+            offsets = [(i, min(i + 4, len(text))) for i in range(0, len(text), 4)]
+            return {"ids": [2] * len(offsets), "offsets": offsets}
+
+    for answer in ("A cat.", "A cat..", "A cat...", "A cat...."):
+        turns = ["What?", answer, "Sure?", "Yes."]
+        text = "".join(part for _, part in parts(turns, False))
+        coloured = "".join("01"[kind == "green"] * len(part) for kind, part in parts(turns, False))
+        _, green = tokenize(Fours(), turns)
+        assert green[1:].tolist() == ["1" in coloured[i : i + 4] for i in range(0, len(text), 4)]
+
+
 def test_stop_of_llama(llama_tokenizer):
     assert [llama_tokenizer.id_to_piece(id) for id in stop_ids(llama_tokenizer)] == ["##", "#"]
 
@@ -173,3 +198,43 @@ def test_a_tokenizer_that_is_none(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(UserError, match="not a SentencePiece model"):
         load_tokenizer(tmp_path / "tokenizer.model")
+
+
+def test_half_a_character_is_read_as_unknown(sp):
+    """JSON can spell a lone surrogate; SentencePiece cannot."""
+    assert plain("a \ud83d b") == "a \ufffd b"
+    ids, green = tokenize(sp, ["What?", "\ud83d\ude00 \ude00"])
+    assert surface(sp, ids[green]) == " 😀 \ufffd\n###"
+
+
+@pytest.fixture
+def command(tmp_path, tiny_tokenizer):
+    """`python conversation.py` on two samples, without colour."""
+    (tmp_path / "tokenizer.model").write_bytes(tiny_tokenizer.serialized_model_proto())
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    samples = [{"id": "text", "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
+               {"id": "picture", "image": "a.jpg", "conversations": turns}]  # fmt: skip
+    (tmp_path / "chat.json").write_text(json.dumps(samples))
+
+    def run(*flags, data="chat.json"):
+        paths = ["--data", tmp_path / data, "--tokenizer", tmp_path / "tokenizer.model"]
+        words = [sys.executable, "conversation.py", *paths, "--patches", "4", *flags]
+        return subprocess.run(words, cwd=ROOT, env={"NO_COLOR": "1", "PYTHONUTF8": "1"}, capture_output=True, text=True)
+
+    return run
+
+
+def test_command_prints_a_sample(command):
+    out = command("--index", "1").stdout
+    assert out.startswith("sample picture, picture a.jpg\n\n<s>")
+    assert "### Human: [picture: 4 patches] \nWhat?\n### Assistant:⟦ A cat.\n###⟧\n\n" in out
+
+
+@pytest.mark.parametrize("data, index, error", [
+    ("nothing.json", "0", "nothing.json"),
+    ("chat.json", "2", "--index 2: the data has samples 0 to 1"),
+])  # fmt: skip
+def test_command_ends_in_one_line_on_bad_input(command, data, index, error):
+    run = command("--index", index, data=data)
+    assert run.returncode == 1 and run.stdout == ""
+    assert run.stderr.startswith("error: ") and error in run.stderr and run.stderr.count("\n") == 1

@@ -167,10 +167,11 @@ def test_each_picture_goes_where_its_sample_has_it():
 @pytest.mark.parametrize("change", ["a picture too many", "a picture too few", "a patch too few"])
 def test_patches_and_features_must_be_as_many(change):
     batch = flat(samples(4))
-    batch["pixels"] = torch.cat([batch["pixels"]] * 2) if "many" in change else batch["pixels"][1:] if "picture" in change \
-        else batch["pixels"]  # fmt: skip
-    if change == "a patch too few":
-        batch["ids"] = batch["ids"].clone()
+    if change == "a picture too many":
+        batch["pixels"] = torch.cat([batch["pixels"], batch["pixels"][:1]])
+    elif change == "a picture too few":
+        batch["pixels"] = batch["pixels"][1:]
+    else:
         batch["ids"][(batch["ids"] == IMAGE_ID).nonzero()[0]] = 5
     with pytest.raises(AssertionError, match="as many"):
         tiny_llava()(**batch)
@@ -404,7 +405,8 @@ def test_sampled_answers_are_seeded_and_do_not_depend_on_their_neighbours():
     assert answers != llava.answers(**prompt_batch(prompts()), seed=30, **settings)
     assert answers[:2] == llava.answers(**prompt_batch(prompts()[:2]), seed=3, **settings)
     stop = answers[0][2:3]  # the first falls silent early: the others must keep their own dice
-    assert llava.answers(**prompt_batch(prompts()), seed=3, **settings | {"stop": stop}) == [until(a, stop) for a in answers]
+    expected = [until(answer, stop) for answer in answers]
+    assert llava.answers(**prompt_batch(prompts()), seed=3, **settings | {"stop": stop}) == expected
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

@@ -52,7 +52,7 @@ def inputs(tmp_path_factory):
 
 def flags(inputs, out, **changes):
     given = dict(stage=1, llama=inputs / "llama", vision=inputs / "vit.pt", data=inputs / "captions.json",
-                 images=inputs / "images", out=out, batch_size=8, epochs=1, workers=0, **changes)  # fmt: skip
+                 images=inputs / "images", out=out, batch_size=8, epochs=1, workers=0) | changes  # fmt: skip
     return [str(x) for name, value in given.items() if value is not None for x in (f"--{name.replace('_', '-')}", value)]
 
 
@@ -157,6 +157,70 @@ def test_activation_checkpointing_and_compiling_change_nothing(inputs, tmp_path)
         in_process(flags(inputs, tmp_path / name.strip("-"), max_steps=2) + [name] * (name != "plain"))
         lines[name] = metrics(tmp_path / name.strip("-"))[1]
     assert lines["plain"]["loss"] == pytest.approx(lines["--checkpoint-activations"]["loss"], rel=1e-6)
+
+
+# --- stage 2
+
+
+@pytest.fixture(scope="module")
+def chat(inputs, tmp_path_factory):
+    """A finished stage-1 run and chat data: with a picture and without one, one turn and several."""
+    folder = tmp_path_factory.mktemp("chat")
+    in_process(flags(inputs, folder / "stage1", max_steps=2))
+    samples = []
+    for i in range(20):
+        turns = ["<image>\nWhat is it?" if i % 3 else "What is it?", "It is red."] + ["And then?", "Nothing."] * (i % 4)
+        talk = [{"from": who, "value": text} for who, text in zip(("human", "gpt") * len(turns), turns)]
+        samples.append({"id": str(i), "conversations": talk} | ({"image": f"{i}.png"} if i % 3 else {}))
+    (folder / "chat.json").write_text(json.dumps(samples))
+    return folder
+
+
+def stage_2(inputs, chat, out, **changes):
+    return flags(inputs, out, **{"stage": 2, "llama": None, "vision": None, "init_from": chat / "stage1",
+                                 "data": chat / "chat.json", "max_steps": 3, "lr": 1e-3, **changes})  # fmt: skip
+
+
+def test_stage_2_trains_w_and_the_llama_and_leaves_the_vit(inputs, chat, tmp_path, monkeypatch):
+    models, load_run = [], checkpoint.load_run
+    monkeypatch.setattr(checkpoint, "load_run", lambda *args: models.append(load_run(*args)) or models[0])
+    in_process(stage_2(inputs, chat, tmp_path / "run"))
+    start, _, _ = load_run(chat / "stage1")
+    end, _, config = load_run(tmp_path / "run")
+    after = end.state_dict()
+    for name, weight in start.state_dict().items():
+        assert torch.equal(weight, after[name]) == name.startswith("vision."), name
+        assert torch.equal(after[name], models[0][0].state_dict()[name]), name  # what was saved is what was trained
+    assert config["stage"] == 2 and len(metrics(tmp_path / "run")) == 3
+
+
+def test_stage_2_does_not_depend_on_how_a_batch_is_cut_up_text_only_samples_included(inputs, chat, tmp_path):
+    lines = {}
+    for name, processes, tokens in (("one", 0, 10**6), ("micro", 0, 100), ("two", 2, 100)):
+        run(stage_2(inputs, chat, tmp_path / name, batch_size=6, micro_batch_tokens=tokens), processes)
+        lines[name] = metrics(tmp_path / name)
+    for other in ("micro", "two"):
+        for a, b in zip(lines["one"], lines[other], strict=True):
+            assert (b["loss"], b["grad_norm"]) == (pytest.approx(a["loss"], rel=1e-4), pytest.approx(a["grad_norm"], rel=1e-3))
+            assert (b["green_tokens"], b["tokens"]) == (a["green_tokens"], a["tokens"])
+
+
+def test_a_run_of_stage_2_is_a_raw_llama_again(inputs, chat, tmp_path):
+    in_process(stage_2(inputs, chat, tmp_path / "one"))
+    in_process(flags(inputs, tmp_path / "again", llama=tmp_path / "one", max_steps=1))
+    in_process(stage_2(inputs, chat, tmp_path / "more", init_from=tmp_path / "one", max_steps=1))
+    a, b = (checkpoint.load_llama(tmp_path / name).state_dict() for name in ("one", "more"))
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def test_wrong_combinations_for_stage_2_are_refused(inputs, chat, tmp_path):
+    for changes, message in (
+        (dict(task="scienceqa"), "goes with --stage 2 --task scienceqa"),
+        (dict(init_from=tmp_path), "no finished run"),
+        (dict(llama=inputs / "llama"), "--init-from brings"),
+    ):
+        with pytest.raises(UserError, match=message):
+            in_process(stage_2(inputs, chat, tmp_path / "x", **changes))
 
 
 # --- the run directory

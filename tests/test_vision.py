@@ -50,8 +50,8 @@ def assert_parity(data: bytes):
 
 # --- preprocessing
 
-SIZES = [(333, 500), (500, 333), (640, 427), (1, 300), (300, 1), (225, 224), (224, 225), (224, 224), (223, 224), (100, 31),
-         (31, 100), (1, 1), (449, 448), (447, 1000)]  # fmt: skip
+SIZES = [(333, 500), (500, 333), (640, 427), (1, 300), (300, 1), (225, 224), (224, 225), (224, 224), (223, 224),
+         (100, 31), (31, 100), (1, 1), (449, 448), (447, 1000)]  # fmt: skip
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -100,10 +100,9 @@ def test_alpha_as_clip():
 def test_a_camera_turned_is_turned_back(orientation):
     """All eight values of EXIF's orientation, each of a file whose pixels are stored turned to match."""
     upright = photograph(300, 200)
-    T = Image.Transpose
-    stored_by = [None, T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSPOSE, T.ROTATE_90, T.TRANSVERSE, T.ROTATE_270]
-    turn = stored_by[orientation - 1]
-    stored = upright if turn is None else upright.transpose(turn)
+    turns = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_90 TRANSVERSE ROTATE_270".split()
+    turn = ([None] + turns)[orientation - 1]
+    stored = upright if turn is None else upright.transpose(Image.Transpose[turn])
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert np.array_equal(np.asarray(open_picture(encoded(stored, exif=exif))), np.asarray(upright))

@@ -1,0 +1,178 @@
+"""Talk to a trained model about a picture, or about nothing to be seen.
+
+    python chat.py --image PICTURE                             # runs/chat, in the terminal
+    python chat.py --image PICTURE --prompt "What is this?"    # one answer, and nothing else, on stdout
+
+Each question is asked with the whole conversation before it, in the template that the run was trained with.
+"""
+
+import argparse
+import contextlib
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+import checkpoint
+from conversation import IMAGE, STOP, UserError, stop_ids, surface, system_ids, tokenize
+from eval_scienceqa import check_run, open_run
+from vision import open_picture, preprocess
+
+TRAINED_BY = "torchrun train.py --stage 2"
+HELP = """\
+/image FILE   begin anew, about this picture (without FILE: about none)
+/reset        begin anew, about the same picture
+/save FILE    write the conversation as LLaVA's JSON
+/help         this
+/quit         end (also Ctrl-D); Ctrl-C stops an answer"""
+
+
+class Chat:
+    """A conversation with a model: turns human, assistant, human, ...; the first holds `<image>` if there is a picture."""
+
+    def __init__(self, run: Path, device, **settings):
+        """settings: max_new_tokens, temperature, top_p and seed of `LLaVA.generate`."""
+        self.config, self.device, self.settings, self.written = check_run(run, TRAINED_BY), device, settings, set()
+        self.model, self.sp, self.autocast = open_run(run, device)
+        ids = system_ids(self.sp)
+        with self.autocast, torch.inference_mode():
+            self.prefix, self.n_prefix = self.model.read_prefix(torch.tensor(ids, device=device)), len(ids)
+        self.look(None)
+
+    def look(self, path: Path | None):
+        """Begins anew, about this picture. Raises UserError if it is none; then nothing has changed."""
+        size = self.model.vision.config.image_size
+        pixels = torch.zeros(0, 3, size, size, dtype=torch.uint8)
+        if path:
+            try:
+                pixels = preprocess(open_picture(path.read_bytes()), size)[None]  # (1, 3, S, S)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        self.path, self.pixels, self.turns = path, pixels.to(self.device), []
+
+    def ask(self, question: str):
+        """Yields the answer piece by piece. Left early (Ctrl-C), what was said by then is the answer."""
+        if self.path and not self.turns:
+            question = f"{IMAGE}\n{question}"
+        turns, said, answer, shown = [*self.turns, question], [], "", ""
+        n_patches = self.model.vision.config.n_patches if self.path else 0
+        ids = torch.from_numpy(tokenize(self.sp, turns, n_patches)[0])[self.n_prefix :].to(self.device)
+        room = self.config.get("settings", {}).get("max_length", 2048)
+        if self.n_prefix + len(ids) >= room:
+            note(f"this conversation is beyond the {room} positions that the model was trained on; /reset begins anew")
+        borders = torch.tensor([0, len(ids)], dtype=torch.int32, device=self.device)
+        tokens = self.model.generate(ids, borders, self.pixels, stop_ids(self.sp), prefix=self.prefix, **self.settings)
+        try:
+            with self.autocast:
+                for step in tokens:
+                    said.append(step[0])
+                    answer, stop, _ = readable(surface(self.sp, said)).partition(STOP)
+                    new = answer.rstrip("# \n\t\ufffd")[len(shown) :]  # held back: what may be half a character or <STOP>
+                    shown += new
+                    yield new
+                    if stop:
+                        break
+        finally:
+            if answer.strip():
+                self.turns = [*turns, answer.strip()]
+        yield answer.rstrip()[len(shown) :]
+
+    def save(self, path: Path):
+        """Writes the conversation as train.py and the original read it. Raises UserError if it cannot be written."""
+        if not self.turns:
+            raise UserError("nothing has been said yet")
+        if path.exists() and path not in self.written:
+            raise UserError(f"{path}: is there already; name another")
+        messages = [{"from": who, "value": text} for who, text in zip(("human", "gpt") * len(self.turns), self.turns)]
+        image = {"image": self.path.name} if self.path else {}
+        checkpoint.write_json(path, [{"id": path.stem, **image, "conversations": messages}])
+        self.written.add(path)
+        note(f"{path} is written" + (f"; its picture is in {self.path.resolve().parent}" if self.path else ""))
+
+
+def readable(text: str) -> str:
+    """What a model says without its leading space; and no control character of it acts on the terminal."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text).lstrip()
+
+
+def note(text):
+    print(text, file=sys.stderr, flush=True)  # stdout is for answers
+
+
+def say(chat: Chat, question: str):
+    question = question.encode("utf-8", "replace").decode()  # bytes that were no text
+    try:
+        for piece in chat.ask(question):
+            print(piece, end="", flush=True)
+    finally:
+        print(flush=True)
+
+
+def obey(chat: Chat, line: str):
+    """Does what a line `/command [FILE]` says."""
+    command, _, rest = line.partition(" ")
+    path = Path(rest.strip().strip("'\"")).expanduser() if rest.strip() else None
+    if command == "/save" and path:
+        chat.save(path)
+    elif command in ("/image", "/reset"):
+        chat.look(path if command == "/image" else chat.path)
+        note(f"begun anew, about {chat.path or 'no picture'}")
+    else:
+        note(HELP)
+
+
+def talk(chat: Chat):
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives input() its editing and history)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+            if line == "/quit":
+                break
+            if line.startswith("/"):
+                obey(chat, line)
+            elif line:
+                say(chat, line)
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            note("stopped (/quit or Ctrl-D ends)")
+        except UserError as error:
+            note(f"error: {error}")
+
+
+def main():
+    show_defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description="Talk to a trained model.", formatter_class=show_defaults)
+    add = parser.add_argument
+    add("--model", type=Path, metavar="RUN", default=Path("runs/chat"), help="a run directory of stage 2")
+    add("--image", type=Path, metavar="FILE", help="what to talk about (None: text alone)")
+    add("--prompt", metavar="TEXT", help="ask this, print the answer, end (None: talk in the terminal)")
+    add("--temperature", type=float, default=0.0, help="0 = always the likeliest word; 1 = as likely as the model thinks")
+    add("--top-p", type=float, default=1.0, help="draw among the likeliest words that hold this probability; 1 = all")
+    add("--max-new-tokens", type=int, default=512, help="an answer is cut after so many")
+    add("--seed", type=int, default=0, help="of the draws, if --temperature is not 0")
+    a = parser.parse_args()
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")  # no byte that is typed or said ends the chat
+    if not 0 <= a.temperature < float("inf") or not 0 < a.top_p <= 1 or a.max_new_tokens < 1 or a.seed < 0:
+        raise UserError("--temperature and --seed must be 0 or more, --top-p over 0 and up to 1, --max-new-tokens 1 or more")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chat = Chat(a.model, device, temperature=a.temperature, top_p=a.top_p, max_new_tokens=a.max_new_tokens, seed=a.seed)
+    if chat.config.get("stage") == 1:
+        note(f"{a.model} is a run of stage 1: it captions pictures, but has not learned to talk ({TRAINED_BY})")
+    chat.look(a.image)
+    if a.prompt is not None:
+        return say(chat, a.prompt)
+    note(f"{a.model}, about {a.image or 'no picture'}; /help lists the commands")
+    talk(chat)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}")
+    except KeyboardInterrupt:
+        raise SystemExit(130)

@@ -1,0 +1,270 @@
+"""chat.py: streaming, turns, commands, one shot from a script, a terminal, bad input; on the tiny random run."""
+
+import io
+import json
+import os
+import pty
+import re
+import runpy
+import select
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+from test_eval_scienceqa import ENVIRONMENT, ROOT, run, tiny_run  # noqa: F401  (run is a fixture)
+
+import chat
+from conversation import UserError, stop_ids, tokenize
+from data import Examples
+from vision import open_picture, preprocess
+
+
+@pytest.fixture
+def talker(run):  # noqa: F811
+    return chat.Chat(run, torch.device("cpu"), max_new_tokens=20, temperature=0.0, top_p=1.0, seed=0)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.linear_gradient("L").resize((50, 40)).save(tmp_path / "a picture.png")
+    return tmp_path / "a picture.png"
+
+
+def scripted(talker, *tokens, then=None):
+    """Makes the model say these tokens, and then raise `then`."""
+
+    def generate(*_, **__):
+        for token in tokens:
+            yield {0: token}
+        if then:
+            raise then
+
+    talker.model.generate = generate
+
+
+def asked_plainly(talker, turns, pixels=None):
+    """The answer to a conversation, asked without a cached prefix and without streaming."""
+    ids = torch.from_numpy(tokenize(talker.sp, turns, talker.model.vision.config.n_patches if pixels is not None else 0)[0])
+    pixels = pixels if pixels is not None else torch.zeros(0, 3, 32, 32, dtype=torch.uint8)
+    [answer] = talker.model.answers(ids, torch.tensor([0, len(ids)], dtype=torch.int32), pixels, stop_ids(talker.sp), 20)
+    return chat.readable(chat.surface(talker.sp, answer)).strip()
+
+
+def main(monkeypatch, *arguments, stdin=b""):
+    """chat.py of these arguments, as `python chat.py` runs it."""
+    monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+    runpy.run_path(str(ROOT / "chat.py"), run_name="__main__")
+
+
+def refused(monkeypatch, *arguments) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(monkeypatch, *arguments)
+    assert str(end.value.code).startswith("error: ") and "\n" not in end.value.code
+    return end.value.code
+
+
+# --- streaming
+
+
+def test_pieces_are_whole_characters_and_never_stop(talker):
+    text = " Grüße, 日本 🙂 # two ## C# ok"
+    tokens = talker.sp.encode(text + "\n###")
+    assert any(talker.sp.is_byte(t) for t in tokens)
+    scripted(talker, *tokens)
+    pieces = list(talker.ask("Hi"))
+    assert "".join(pieces) == text.strip() == talker.turns[1] and len(pieces) > 10
+    assert not any("\ufffd" in piece or "###" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("end", [("#", "#", "#"), ("##", "#"), ("###",)])
+def test_stop_is_not_shown_however_it_is_spelled(talker, end):
+    spelled = [[t for t in talker.sp.encode("\n" + e) if talker.sp.id_to_piece(t) not in ("\u2581", "\n", "<0x0A>")] for e in end]
+    words = talker.sp.encode(" A cat.\n")
+    scripted(talker, *words, *sum(spelled, []), *talker.sp.encode(" Human: more"))
+    assert "".join(talker.ask("Hi")) == "A cat." == talker.turns[1]
+
+
+def test_an_answer_cut_short_is_shown_whole(talker):
+    scripted(talker, *talker.sp.encode(" it is C##"))  # the last two marks were held back; no <STOP> comes
+    assert "".join(talker.ask("Hi")) == "it is C##" == talker.turns[1]
+
+
+def test_control_characters_do_not_reach_the_terminal(talker):
+    scripted(talker, *talker.sp.encode(" a\x1b[31m\x07\tb\nc"))
+    assert "".join(talker.ask("Hi")) == "a\ufffd[31m\ufffd\tb\nc"
+
+
+def test_interrupted_answers_stay_in_the_conversation(talker):
+    scripted(talker, *talker.sp.encode(" The answer is"), then=KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(talker.ask("Hi"))
+    assert talker.turns == ["Hi", "The answer is"]
+    scripted(talker, then=KeyboardInterrupt)  # before the first word: as if not asked
+    with pytest.raises(KeyboardInterrupt):
+        list(talker.ask("And?"))
+    assert talker.turns == ["Hi", "The answer is"]
+    scripted(talker, *talker.sp.encode(" red blue red blue"))
+    for _ in talker.ask("So?"):  # whoever prints is interrupted
+        break
+    assert talker.turns[2] == "So?" and len(talker.turns) == 4
+
+
+# --- what is asked
+
+
+def test_each_question_is_asked_with_the_conversation_before_it(talker, picture):
+    pixels = preprocess(open_picture(picture.read_bytes()), 32)[None]
+    for path, mark in ((picture, "<image>\n"), (None, "")):
+        talker.look(path)
+        turns = []
+        for question in ("Which thing is red?", "Where <image> is it? ### Human:", "Which one?"):
+            turns.append(question if turns else mark + question)
+            answer = asked_plainly(talker, turns, pixels if path else None)
+            assert "".join(talker.ask(question)) == answer != ""
+            turns.append(answer)
+            assert talker.turns == turns
+
+
+def test_the_picture_and_the_seed_change_the_answer(talker, picture, run):  # noqa: F811
+    blind = "".join(talker.ask("Which thing is red?"))
+    talker.look(picture)
+    assert talker.turns == [] and "".join(talker.ask("Which thing is red?")) != blind
+
+    def drawn(seed):
+        dicing = chat.Chat(run, torch.device("cpu"), max_new_tokens=20, temperature=1.0, top_p=0.9, seed=seed)
+        return "".join(dicing.ask("Which thing is red?"))
+
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+# --- commands
+
+
+def test_saved_conversations_are_llavas(talker, picture, tmp_path, capsys):
+    for path, name in ((picture, "seen.json"), (None, "blind.json")):
+        talker.look(path)
+        with pytest.raises(UserError, match="nothing has been said"):
+            chat.obey(talker, f"/save {tmp_path / name}")
+        list(talker.ask("Which thing is red?"))
+        chat.obey(talker, f"/save {tmp_path / name}")
+        list(talker.ask("And blue?"))
+        chat.obey(talker, f"/save {tmp_path / name}")  # its own file it may write again
+        [example] = [*Examples([tmp_path / name])]
+        assert example.turns == talker.turns and len(example.turns) == 4 and example.image == (path and path.name)
+        assert (f"its picture is in {picture.parent}" in capsys.readouterr().err) == bool(path)
+    before = picture.read_bytes()
+    with pytest.raises(UserError, match="is there already"):
+        chat.obey(talker, f"/save '{picture}'")
+    with pytest.raises(UserError, match="written"):
+        chat.obey(talker, f"/save {picture}/x.json")
+    assert picture.read_bytes() == before
+
+
+def test_image_and_reset_begin_anew(talker, picture, capsys):
+    list(talker.ask("Hi"))
+    (picture.parent / "text.png").write_text("no picture")
+    for bad, reason in (("text.png", "not a readable picture"), ("none.png", "No such file"), (".", "Is a directory")):
+        with pytest.raises(UserError, match=reason):
+            chat.obey(talker, f"/image {picture.parent / bad}")
+        assert talker.turns and talker.path is None  # the conversation goes on as it was
+    chat.obey(talker, f'/image "{picture}"')
+    assert talker.path == picture and talker.turns == [] and talker.pixels.shape == (1, 3, 32, 32)
+    list(talker.ask("Hi"))
+    chat.obey(talker, "/reset")
+    assert talker.path == picture and talker.turns == []
+    chat.obey(talker, "/image")
+    assert talker.path is None and len(talker.pixels) == 0
+    capsys.readouterr()
+    for line in ("/help", "/wrong", "/save"):
+        chat.obey(talker, line)
+        assert capsys.readouterr().err.strip() == chat.HELP
+
+
+# --- from scripts, and in a terminal
+
+
+def test_one_shot_prints_the_answer_alone(monkeypatch, capsys, run, picture, talker):  # noqa: F811
+    main(monkeypatch, "--model", run, "--image", picture, "--prompt", "Which thing?", "--max-new-tokens", 20)
+    captured = capsys.readouterr()
+    talker.look(picture)
+    assert captured.out == "".join(talker.ask("Which thing?")) + "\n" and captured.err == ""
+
+
+def test_piped_questions(run, picture, tmp_path, talker):  # noqa: F811
+    lines = ["Which thing?", "", "And \udcff?", "/image none.png", f"/save {tmp_path / 'x.json'}", f"/image {picture}", "Hi", "/quit", "no"]
+    done = subprocess.run(
+        [sys.executable, "chat.py", "--model", run, "--max-new-tokens", "20"], cwd=ROOT, capture_output=True, timeout=100,
+        env=ENVIRONMENT, input="\n".join(lines).encode("utf-8", "surrogateescape"))  # fmt: skip
+    notes, answers = done.stderr.decode(), [["".join(talker.ask(q)) for q in ("Which thing?", "And \ufffd?")]]
+    talker.look(picture)
+    answers = [*answers[0], "".join(talker.ask("Hi"))]
+    assert done.returncode == 0 and done.stdout.decode() == "".join(answer + "\n" for answer in answers)
+    assert "error: none.png: No such file or directory\n" in notes and "Traceback" not in notes
+    assert len(json.loads((tmp_path / "x.json").read_text())[0]["conversations"]) == 4
+
+
+def test_in_a_terminal(run):  # noqa: F811
+    """Ctrl-C stops an answer and not the chat, the arrow key brings a question back, Ctrl-D ends."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(ROOT)
+        os.execve(sys.executable, [sys.executable, "chat.py", "--model", str(run), "--max-new-tokens", "20000"], {**ENVIRONMENT, "TERM": "dumb"})
+    seen = ""
+
+    def until(pattern, timeout=60):
+        nonlocal seen
+        deadline = time.time() + timeout
+        while not re.search(pattern, seen):
+            ready, _, _ = select.select([terminal], [], [], 1)
+            assert time.time() < deadline, f"{pattern} did not come: {seen[-500:]!r}"
+            if ready:
+                seen += os.read(terminal, 4096).decode("utf-8", "replace")
+        seen = seen[re.search(pattern, seen).end() :]
+
+    try:
+        until("> ")
+        os.write(terminal, b"Which thing is red?\n")
+        until(r"red\?\r\n.{60}")  # an answer without end is under way
+        os.write(terminal, b"\x03")
+        until(r"stopped[^>]*> ")
+        os.write(terminal, b"/reset\n")
+        until(r"begun anew[^>]*> ")
+        os.write(terminal, b"\x1b[A\x1b[A")  # up, up
+        until(r"Which thing is red\?")
+        os.write(terminal, b"\x03")
+        until(r"> ")
+        os.write(terminal, b"\x04")
+        deadline = time.time() + 20
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.time() < deadline:
+            select.select([terminal], [], [], 0.05)
+        assert ended == (child, 0)
+    finally:
+        os.close(terminal)
+
+
+# --- bad input
+
+
+def test_refusals(monkeypatch, run, picture, tmp_path):  # noqa: F811
+    (tmp_path / "text.png").write_text("no picture")
+    ask = ("--prompt", "Hi", "--max-new-tokens", 3)
+    assert "text.png: not a readable picture" in refused(monkeypatch, "--model", run, "--image", tmp_path / "text.png", *ask)
+    assert "none.png: No such file" in refused(monkeypatch, "--model", run, "--image", tmp_path / "none.png", *ask)
+    missing = refused(monkeypatch, "--model", tmp_path / "nowhere", *ask)
+    assert f"first train it: torchrun train.py --stage 2 --out {tmp_path / 'nowhere'}" in missing
+    shutil.copytree(run, tmp_path / "half")
+    (tmp_path / "half/projector.pth").unlink()
+    assert "no finished run" in refused(monkeypatch, "--model", tmp_path / "half", *ask)
+    for flags in (("--temperature", -1), ("--temperature", "nan"), ("--top-p", 0), ("--top-p", 1.5), ("--max-new-tokens", 0), ("--seed", -1)):
+        assert "--temperature and --seed must be 0 or more" in refused(monkeypatch, "--model", run, "--prompt", "Hi", *flags)
+
+
+def test_stage_1_answers_with_a_note(monkeypatch, capsys, tmp_path):
+    main(monkeypatch, "--model", tiny_run(tmp_path, stage=1), "--prompt", "Hi", "--max-new-tokens", 3)
+    captured = capsys.readouterr()
+    assert "is a run of stage 1" in captured.err and captured.out.endswith("\n")
