@@ -29,7 +29,7 @@ HELP = """\
 
 
 class Chat:
-    """A conversation with a model: turns human, assistant, human, ...; the first holds `<image>` if there is a picture."""
+    """A conversation with a model: turns human, assistant, human, ...; `<image>` in the first if there is a picture."""
 
     def __init__(self, run: Path, device, **settings):
         """settings: max_new_tokens, temperature, top_p and seed of `LLaVA.generate`."""
@@ -68,9 +68,10 @@ class Chat:
                 for step in tokens:
                     said.append(step[0])
                     answer, stop, _ = readable(surface(self.sp, said)).partition(STOP)
-                    new = answer.rstrip("# \n\t\ufffd")[len(shown) :]  # held back: what may be half a character or <STOP>
+                    new = answer.rstrip("# \n\t\ufffd")[len(shown) :]  # not yet: half a character, half of <STOP>
                     shown += new
-                    yield new
+                    if new:
+                        yield new
                     if stop:
                         break
         finally:
@@ -149,15 +150,15 @@ def main():
     add("--model", type=Path, metavar="RUN", default=Path("runs/chat"), help="a run directory of stage 2")
     add("--image", type=Path, metavar="FILE", help="what to talk about (None: text alone)")
     add("--prompt", metavar="TEXT", help="ask this, print the answer, end (None: talk in the terminal)")
-    add("--temperature", type=float, default=0.0, help="0 = always the likeliest word; 1 = as likely as the model thinks")
-    add("--top-p", type=float, default=1.0, help="draw among the likeliest words that hold this probability; 1 = all")
+    add("--temperature", type=float, default=0.0, help="0 = always the likeliest token; 1 = drawn as the model has it")
+    add("--top-p", type=float, default=1.0, help="draw among the likeliest tokens of this probability; 1 = all")
     add("--max-new-tokens", type=int, default=512, help="an answer is cut after so many")
     add("--seed", type=int, default=0, help="of the draws, if --temperature is not 0")
     a = parser.parse_args()
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # no byte that is typed or said ends the chat
     if not 0 <= a.temperature < float("inf") or not 0 < a.top_p <= 1 or a.max_new_tokens < 1 or a.seed < 0:
-        raise UserError("--temperature and --seed must be 0 or more, --top-p over 0 and up to 1, --max-new-tokens 1 or more")
+        raise UserError("--temperature and --seed: 0 or more; --top-p: over 0, up to 1; --max-new-tokens: 1 or more")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chat = Chat(a.model, device, temperature=a.temperature, top_p=a.top_p, max_new_tokens=a.max_new_tokens, seed=a.seed)
     if chat.config.get("stage") == 1:

@@ -92,11 +92,9 @@ HF_CLIP = {  # after the prefix `vision_model.`, which transformers 5 leaves off
 }
 PROJECTOR = {"model.mm_projector.*": "*", "*": "*"}  # the original's mm_projector.bin, our projector.pth
 
-# Model-parallel files hold slices of a matrix's outputs (dim 0) or inputs (dim 1), and equal copies of the norms.
-SHARD_DIM = {
-    "wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "tok_embeddings": 1, "output": 0,
-    "attention_norm": None, "ffn_norm": None, "norm": None,
-}  # fmt: skip
+# The parts of a tensor are concatenated along dim 0, but model-parallel files hold slices of these matrices' inputs
+# (dim 1) and equal copies of the norms (None).
+PARTS_DIM = {"wo": 1, "w2": 1, "tok_embeddings": 1, "attention_norm": None, "ffn_norm": None, "norm": None}
 # Settings of params.json (all that LLaMA 1 and 2 have), and Hugging Face's names of what LLaMAConfig holds.
 PARAMS = {"dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps", "vocab_size",
           "rope_theta"}  # fmt: skip
@@ -204,8 +202,8 @@ def load_tensors(path):
     except Exception as error:  # damaged files raise nearly anything
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
-            raise UserError(f"{path}: holds Python objects ({code[1]}), which could run code and are never loaded; get its "
-                            "weights as a plain dict of tensors") from None  # fmt: skip
+            raise UserError(f"{path}: holds Python objects ({code[1]}), which could run code and are never loaded; get "
+                            "its weights as a plain dict of tensors") from None  # fmt: skip
         raise UserError(f"{path}: damaged or not weights ({reason(error)}); copy or download it again") from None
 
 
@@ -309,11 +307,11 @@ def translate(weights: dict, table: dict, path) -> dict[str, list[torch.Tensor]]
     """{new name: its parts, in the table's order}. Raises UserError on a name that the table does not have."""
     parts, unknown = {}, dict(weights)
     for old, new in table.items():
-        pattern = re.escape(old).replace(r"\.N\.", r"\.([0-9]{1,4})\.").replace(r"\*", "(.*)")
+        pattern = re.escape(old).replace(r"\.N\.", r"\.(?P<N>[0-9]{1,4})\.").replace(r"\*", "(?P<rest>.*)")
         for match in [match for name in unknown if (match := re.fullmatch(pattern, name))]:
-            tensor, groups = unknown.pop(match[0]), iter(match.groups())
+            tensor = unknown.pop(match[0])
             if new is not None:
-                name = re.sub(r"(?<=\.)N(?=\.)|\*", lambda _: next(groups), new)
+                name = match.expand(new.replace(".N.", r".\g<N>.").replace("*", r"\g<rest>"))
                 parts.setdefault(name, []).append(tensor)
     if unknown:
         raise UserError(f"{path}: holds what this model has no place for: {few(unknown)}; is it another model?")
@@ -321,23 +319,26 @@ def translate(weights: dict, table: dict, path) -> dict[str, list[torch.Tensor]]
 
 
 def few(things) -> str:
-    things = sorted(things)
+    things = [repr(thing)[1:-1][:120] for thing in sorted(things)]  # names from a file: of any length, with any sign
     return ", ".join(things[:3]) + (f" and {len(things) - 3} more" if len(things) > 3 else "")
 
 
+def parts_dim(name: str) -> int | None:
+    return PARTS_DIM.get(name.split(".")[-2:][0], 0)
+
+
 @torch.no_grad()
-def fill(model: nn.Module, parts: dict, dtype, path, dims={}, finish=lambda name, tensor: tensor):
+def fill(model: nn.Module, parts: dict, dtype, path, finish=lambda name, tensor: tensor):
     """Gives each parameter of a model on the meta device its tensor, in `dtype`.
 
-    parts: from `translate`. dims: {module name: dimension to concatenate parts along (0), or None for equal copies}.
-    finish(name, tensor) -> tensor: a last rearrangement.
+    parts: from `translate`. finish(name, tensor) -> tensor: a last rearrangement.
 
     A tensor that needs no conversion stays mapped: processes that load the same file share it until they write.
     Raises UserError unless names and shapes are just those of the model.
     """
     parameters, wrong = dict(model.named_parameters()), []
     for name in parameters.keys() & parts:
-        shape, dim = list(parameters[name].shape), dims.get(name.split(".")[-2:][0], 0)
+        shape, dim = list(parameters[name].shape), parts_dim(name)
         if dim is not None:
             shape[dim] /= len(parts[name])
         for tensor in parts[name]:
@@ -353,8 +354,7 @@ def fill(model: nn.Module, parts: dict, dtype, path, dims={}, finish=lambda name
 
     taken = set()
     for name in parameters:
-        pieces, (owner, _, leaf) = parts.pop(name), name.rpartition(".")
-        dim = dims.get(owner.split(".")[-1], 0)
+        pieces, dim, (owner, _, leaf) = parts.pop(name), parts_dim(name), name.rpartition(".")
         if dim is None and not all(torch.equal(piece, pieces[0]) for piece in pieces):
             raise UserError(f"{path}: {name} differs between the model-parallel files; are all of the same model?")
         tensor = pieces[0] if dim is None or len(pieces) == 1 else torch.cat(pieces, dim)
@@ -384,6 +384,7 @@ def forget_pages(tensor):
 def load_llama(folder, dtype=torch.float32) -> LLaMA:
     """A LLaMA or Vicuna in `dtype`: Meta's raw folder (or a stage-2 run) or a Hugging Face folder.
 
+    On a CPU its files may stay mapped: replace them by renaming, as everything here does, not by writing into them.
     Raises UserError if it is neither, or an architecture or a tensor that this model has no place for.
     """
     folder = Path(folder)
@@ -414,7 +415,7 @@ def load_raw_llama(folder: Path, dtype) -> LLaMA:
         params["vocab_size"] = sum(piece.shape[:1].numel() for piece in parts.get("output.weight", []))
     params["ffn_dim"] = ffn_width(*numbers(params, ("dim", "multiple_of", "ffn_dim_multiplier"), path))
     names = [field.name for field in dataclasses.fields(LLaMAConfig)]
-    return build_llama(LLaMAConfig(*numbers(params, names, path)), parts, dtype, path, SHARD_DIM)
+    return build_llama(LLaMAConfig(*numbers(params, names, path)), parts, dtype, path)
 
 
 def ffn_width(dim: int, multiple_of: int, multiplier: float = 1) -> int:
@@ -449,10 +450,10 @@ def load_hf_llama(folder: Path, dtype) -> LLaMA:
         # apart, its converter having moved the rows to 0 2 4 ... 1 3 5 ...: here they move back.
         if not name.endswith((".wq.weight", ".wk.weight")):
             return tensor
-        halves = tensor.view(-1, 2, c.head_dim // 2, c.dim)  # (heads, first or second of the pair, pairs, dim)
+        halves = tensor.reshape(-1, 2, c.head_dim // 2, c.dim)  # (heads, first or second of the pair, pairs, dim)
         return halves.transpose(1, 2).reshape(tensor.shape)  # (heads * hd, dim)
 
-    return build_llama(c, parts, dtype, path, {}, interleave)
+    return build_llama(c, parts, dtype, path, interleave)
 
 
 def numbers(config: dict, keys, path) -> list:
@@ -461,7 +462,7 @@ def numbers(config: dict, keys, path) -> list:
         kind = (int, float) if key in ("norm_eps", "rms_norm_eps", "rope_theta", "ffn_dim_multiplier") else int
         value = config.get(key)
         if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 2**24:
-            raise UserError(f"{path}: {key} is {value!r}, expected a positive number; take the file as published")
+            raise UserError(f"{path}: {key} is {repr(value)[:80]}, expected a positive number; take the published file")
     return [config[key] for key in keys]
 
 
@@ -469,7 +470,7 @@ def check_only(path, **settings):
     """settings: name=(value, the only value that the model here has)."""
     for key, (value, only) in settings.items():
         if value != only:
-            raise UserError(f"{path}: {key} is {value!r}, the model here has only {only!r}; take other weights")
+            raise UserError(f"{path}: {key} is {repr(value)[:80]}, this model has only {only!r}; take other weights")
 
 
 def build_llama(c: LLaMAConfig, parts: dict, dtype, path, *how) -> LLaMA:
@@ -599,22 +600,24 @@ def save_run(run, llava: LLaVA, config: dict, tokenizer_path, stage: int, dtype=
     moved to when the last has, there is no projector.pth, and `load_run` refuses: old and new never mix.
     """
     run, new = Path(run), Path(run) / ".new"
-    shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(new, ignore_errors=True)  # of a save that was killed
     config = config | {"stage": stage} | {k: str(Path(config[k]).resolve()) for k in ("vision", "llama") if k in config}
-    if stage == 2:
-        save_llama(llava.llama, new, dtype)
-        with replacing(new / "tokenizer.model") as file:
-            file.write(Path(tokenizer_path).read_bytes())
-    save_projector(llava.projector, new / "projector.pth")
     vision = {"path": config["vision"], "sha256": checksum(config["vision"])}
-    write_json(new / "vision.json", vision | {"feature_layer": llava.vision.feature_layer})
-    write_json(new / "config.json", config)
-    (run / "projector.pth").unlink(missing_ok=True)
-    last = ["projector.pth", "config.json"]
-    for name in [file.name for file in new.iterdir() if file.name not in last] + last:
-        os.replace(new / name, run / name)
-    new.rmdir()
-    sync_folder(run)
+    try:
+        if stage == 2:
+            save_llama(llava.llama, new, dtype)
+            with replacing(new / "tokenizer.model") as file:
+                file.write(Path(tokenizer_path).read_bytes())
+        write_json(new / "vision.json", vision | {"feature_layer": llava.vision.feature_layer})
+        save_projector(llava.projector, new / "projector.pth")
+        write_json(new / "config.json", config)
+        (run / "projector.pth").unlink(missing_ok=True)
+        last = ["projector.pth", "config.json"]
+        for name in [file.name for file in new.iterdir() if file.name not in last] + last:
+            os.replace(new / name, run / name)
+        sync_folder(run)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def load_run(run, dtype=torch.float32) -> tuple[LLaVA, object, dict]:

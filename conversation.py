@@ -55,7 +55,9 @@ def plain(message: str) -> str:
     `###` would end a turn or forge one, so a run of three or more is spaced out: `###` -> `# # #`. `<s>` and `</s>`
     need nothing: to SentencePiece control symbols are not spelled by any text. `<image>` needs nothing either: the
     picture is placed by `render` and never looked for in text, so anywhere else the seven letters stay letters.
+    Half a character (a lone surrogate, which JSON can spell) becomes U+FFFD.
     """
+    message = message.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return re.sub(r"#{3,}", lambda run: " ".join(run[0]), message)
 
 
@@ -115,10 +117,9 @@ def tokenize(sp, turns: list[str], n_patches: int = 0, system: str = SYSTEM) -> 
             green += [False] * n_patches
         pieces = sp.encode(text, return_type="offset_mapping")
         ids += pieces["ids"]
-        for begin, end in pieces["offsets"]:
-            # A character spelled in bytes has its width at the last byte only; the others still stand on it.
-            end = max(end, begin + 1)
-            green.append(any(begin < stop and end > start for start, stop in spans))
+        # A character spelled in bytes has its width at the last of them; the others stand at its start, which is
+        # enough, since a green span begins with a space and so never at such a character.
+        green += [any(begin < stop and end > start for start, stop in spans) for begin, end in pieces["offsets"]]
     return np.array(ids, dtype=np.int64), np.array(green, dtype=bool)
 
 
@@ -179,6 +180,8 @@ def main():
 
 
 if __name__ == "__main__":
+    from conversation import UserError, main  # data.py raises that module's error, which is not `__main__`'s
+
     try:
         main()
     except UserError as error:

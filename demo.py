@@ -623,9 +623,11 @@ def neighbours(scene: Scene, n: int, dice: random.Random) -> list[Scene]:
 
 
 def train_vit(sp, steps: int, batch_size: int, lr: float):
-    """A ViT from noise by CLIP's contrastive loss on pictures and captions. The text encoder is thrown away.
+    """A ViT from noise by contrast of pictures and captions. The text encoder is thrown away.
 
-    Batches are made of families of four scenes that differ in one attribute, or else colours and places would do.
+    Two losses: CLIP's, between the class token and the caption, and FILIP's, between the patches of layer -2 and the
+    caption's words (a word is as near to a picture as to its nearest patch). The first alone leaves it open whether
+    a patch tells what it shows. Batches are made of families of four scenes that differ in one attribute.
     Returns the state dict under OpenAI's names, ln_post and proj included.
     """
     torch.manual_seed(SEED)
@@ -635,43 +637,48 @@ def train_vit(sp, steps: int, batch_size: int, lr: float):
     vit.ln_post = nn.LayerNorm(width)
     vit.proj = nn.Parameter(torch.randn(width, width) / width**0.5)
     for name, p in vit.named_parameters():
-        if p.dim() >= 2 and name != "proj":
-            nn.init.normal_(p, std=1.0 if "embedding" in name else p[0].numel() ** -0.5)
-        elif "embedding" in name:
-            nn.init.normal_(p)
+        if "embedding" in name:
+            nn.init.normal_(p, std=0.5)
+        elif p.dim() >= 2 and name != "proj":
+            nn.init.normal_(p, std=p[0].numel() ** -0.5)
         elif name.endswith("bias"):
             nn.init.zeros_(p)
     text = LLaMA(LLaMAConfig(**LLAMA_SHAPE | dict(n_layers=2)))
     nn.init.normal_(text.tok_embeddings.weight, std=0.3)
-    scale = nn.Parameter(torch.tensor(2.3))
-    parameters = [*vit.parameters(), *text.parameters(), scale]
+    heads = nn.ModuleDict({name: nn.Linear(width, width, bias=False) for name in ("patch", "word")})
+    scales = nn.Parameter(torch.tensor([2.3, 2.3]))  # logarithms, as in CLIP
+    parameters = [*vit.parameters(), *text.parameters(), *heads.parameters(), scales]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.05)
-    class_token = []
-    vit.transformer.resblocks[-1].register_forward_hook(lambda block, x, y: class_token.append(y[:, 0]))
+    outputs = []  # of the last two blocks, class token first
+    for block in vit.transformer.resblocks[-2:]:
+        block.register_forward_hook(lambda block, x, y: outputs.append(y))
     bar, mean = trange(steps, desc="ViT", mininterval=2), None
     for step in bar:
-        counts = (1,) if step < 0.15 * steps else (1, 2, 2, 3, 3)
+        counts = (1,) if step < 0.1 * steps else (1, 2, 2, 3, 3)
         scenes = [s for _ in range(batch_size // 4) for s in neighbours(draw_scene(dice, counts=counts), 4, dice)]
         pixels = torch.from_numpy(np.stack([np.asarray(draw_picture(s, dice)) for s in scenes])).permute(0, 3, 1, 2)
         captions = [sp.encode(caption(s, dice)) for s in scenes]
         cu_seqlens = torch.tensor([0] + [len(ids) for ids in captions]).cumsum(0).int()
         with torch.autocast("cpu", torch.bfloat16):
             vit(normalize(pixels))
-            u = vit.ln_post(class_token.pop()) @ vit.proj  # (B, D)
+            last, patches = outputs.pop()[:, 0], outputs.pop()[:, 1:]  # (B, D), (B, P, D)
             x = text.tok_embeddings(torch.tensor(sum(captions, [])))
-            x = text(x, positions(cu_seqlens), padded_attention(cu_seqlens, len(text.layers)))
-            v = text.norm(x[cu_seqlens[1:].long() - 1])  # (B, D): at the last token of each caption
-        logits = F.normalize(u.float(), dim=-1) @ F.normalize(v.float(), dim=-1).T * scale.exp().clamp(max=100)
-        pairs = torch.arange(len(logits))
-        loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+            x = text.norm(text(x, positions(cu_seqlens), padded_attention(cu_seqlens, len(text.layers))))  # (N, D)
+            whole = F.normalize(vit.ln_post(last) @ vit.proj, dim=-1) @ F.normalize(x[cu_seqlens[1:].long() - 1], dim=-1).T
+            patches, words = F.normalize(heads["patch"](patches), dim=-1), F.normalize(heads["word"](x), dim=-1)
+            nearest = (words @ patches.flatten(0, 1).T).unflatten(1, (len(scenes), -1)).amax(-1)  # (N, B)
+        parts = torch.stack([n.float().mean(0) for n in nearest.split([len(ids) for ids in captions])], 1)  # (B, B)
+        pairs, loss = torch.arange(len(scenes)), 0
+        for similar, scale in zip((whole.float(), parts), scales.exp().clamp(max=100)):
+            loss = loss + (F.cross_entropy(scale * similar, pairs) + F.cross_entropy(scale * similar.T, pairs)) / 4
         rate = schedule(optimizer, step, steps, lr)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        right = (logits.argmax(1) == pairs).float().mean().item()
+        right = [f"{(similar.argmax(1) == pairs).float().mean():.0%}" for similar in (whole, parts)]
         mean = loss.item() if mean is None else 0.95 * mean + 0.05 * loss.item()
-        bar.set_postfix(loss=f"{mean:.3f}", right=f"{right:.0%}", lr=f"{rate:.1e}", refresh=False)
+        bar.set_postfix(loss=f"{mean:.3f}", right="/".join(right), lr=f"{rate:.1e}", refresh=False)
     return {f"visual.{name}": p.detach() for name, p in vit.state_dict().items()}
 
 

@@ -51,7 +51,7 @@ def letter(text: str, n_choices: int) -> int:
 
     As the original scores: the whole answer is a letter; or it begins `B. `; or it says once `The answer is B.`
 
-    >>> letter("It lives in water. The answer is B.", 4), letter("B", 4), letter("B. A fish.", 4), letter("The answer is E.", 4)
+    >>> letter("It swims. The answer is B.", 4), letter("B", 4), letter("B. A fish.", 4), letter("The answer is E.", 4)
     (1, 1, 1, -1)
     """
     found = re.fullmatch(r"\s*([A-Z])\s*", text) or re.match(r"\s*([A-Z])\. ", text)
@@ -83,8 +83,8 @@ def score(problems: list[dict], outputs: dict[str, str]) -> dict:
             right[name] += results[problem["id"]] == problem["answer"]
     scores = {name: 100 * right[name] / asked[name] if asked[name] else None for name in CATEGORIES}
     unparsed = sum(index < 0 for index in results.values())
-    return dict(acc=scores["Avg"], correct=right["Avg"], count=asked["Avg"], unparsed=unparsed, scores=scores, results=results,
-                outputs={id: outputs[id] for id in results if id in outputs})  # fmt: skip
+    return dict(acc=scores["Avg"], correct=right["Avg"], count=asked["Avg"], unparsed=unparsed, scores=scores,
+                results=results, outputs={id: outputs[id] for id in results if id in outputs})  # fmt: skip
 
 
 def table(problems: list[dict], result: dict) -> str:
@@ -114,14 +114,14 @@ def read_predictions(path: Path) -> dict[str, str]:
 
 
 def check_run(run: Path, trained_by: str) -> dict:
-    """The config of a run directory, if it can be asked as this file and chat.py ask; trained_by: what makes such a run."""
+    """The config of a run directory that was trained with the template of here; trained_by: what makes such a run."""
     if not (run / "config.json").is_file():
         raise UserError(f"{run}: no run is there; first train it: {trained_by} --out {run}")
     config = checkpoint.read_json(run / "config.json", dict)
     for name, only in (("template", TEMPLATE), ("prompt", SCIENCEQA_PROMPT)):
         if config.get(name) != only:
-            raise UserError(f"{run / 'config.json'}: trained with the {name} {config.get(name)!r}; only {only!r} is known "
-                            "here, and asked in another it would answer badly")  # fmt: skip
+            raise UserError(f"{run / 'config.json'}: trained with the {name} {config.get(name)!r}, only {only!r} is "
+                            "known here; asked in another it would answer badly")  # fmt: skip
     return config
 
 
@@ -238,10 +238,10 @@ def page(title: str, about: str, folder: Path, problems: list[dict], result: dic
     questions = []
     for p in problems:
         image = p["image_path"] and picture_uri(folder / p["image_path"])
-        questions.append(dict(id=p["id"], question=p["question"], hint=p["hint"], choices=p["choices"], answer=p["answer"],
-                              chosen=result["results"][p["id"]], said=result["outputs"].get(p["id"]), image=image,
-                              absent=bool(p["image"] and not image), categories=categories(p),
-                              reference=f"{p['lecture']}\n\n{p['solution']}".strip()))  # fmt: skip
+        questions.append({name: p[name] for name in ("id", "question", "hint", "choices", "answer")} | dict(
+            chosen=result["results"][p["id"]], said=result["outputs"].get(p["id"]), categories=categories(p),
+            image=image, absent=bool(p["image"] and not image),
+            reference=f"{p['lecture']}\n\n{p['solution']}".strip()))  # fmt: skip
     columns = [dict(name=n, meaning=CATEGORIES[n], score=result["scores"][n],
                     count=sum(n in q["categories"] for q in questions)) for n in CATEGORIES]  # fmt: skip
     data = json.dumps(dict(columns=columns, questions=questions)).replace("<", "\\u003c")  # cannot close its element
@@ -261,7 +261,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=show_defaults)
     add = parser.add_argument
     add("--model", type=Path, metavar="RUN", default=Path("runs/scienceqa"), help="a run directory of stage 2")
-    add("--data", type=Path, metavar="DIR", help="ScienceQA: problems.json, pid_splits.json, images/ (None: the demo's)")
+    add("--data", type=Path, metavar="DIR", help="ScienceQA's: problems.json, pid_splits.json, images/ (None: demo)")
     add("--split", metavar="NAME", default="test", help="of pid_splits.json: test, val, minitest, ...")
     add("--batch-size", type=int, default=32, help="questions that a process answers at once")
     add("--max-new-tokens", type=int, default=1024, help="an answer is cut after so many")

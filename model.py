@@ -309,7 +309,7 @@ class LLaVA(nn.Module):
     def generate(self, ids, cu_seqlens, pixels, stop, max_new_tokens, prefix=None, temperature=0.0, top_p=1.0, seed=0):
         """Answers B prompts at once, of any lengths, each until it says `stop`.
 
-        ids, cu_seqlens, pixels, prefix: a flat batch of prompts, as for `forward`.
+        ids, cu_seqlens, pixels: a flat batch of prompts, as for `forward`; prefix: from `read_prefix`.
         stop: ids of <STOP>; it is not part of the answer that it ends.
         temperature: 0 = the likeliest token, always. top_p: sample among the fewest tokens that hold this probability.
         seed: each prompt draws from a generator of its own, so an answer does not depend on its neighbours.
@@ -361,6 +361,6 @@ def choose(logits: torch.Tensor, temperature: float, top_p: float, dice: list[to
     if temperature == 0:
         return logits.argmax(-1).tolist()
     p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # drop what lies wholly beyond top_p; the first always stays
+    p[:, 1:] = p[:, 1:].masked_fill((p.cumsum(-1) - p)[:, 1:] >= top_p, 0)  # drop what lies wholly beyond top_p
     drawn = [torch.multinomial(row, 1, generator=die) for row, die in zip(p, dice)]
     return order.gather(-1, torch.stack(drawn)).squeeze(-1).tolist()

@@ -90,7 +90,7 @@ def test_a_prompt_stops_where_the_answer_begins(sp):
 
 @pytest.mark.parametrize("message, expected", [
     ("###", "# # #"), ("a####b", "a# # # #b"), ("##", "##"), ("### Human: x", "# # # Human: x"), ("# # #", "# # #"),
-    ("a</s><image>", "a</s><image>"), ("", ""),
+    ("a</s><image>", "a</s><image>"), (" a \n", " a \n"), ("", ""),
 ])  # fmt: skip
 def test_plain(message, expected):
     assert plain(message) == expected

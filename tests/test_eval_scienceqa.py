@@ -32,16 +32,18 @@ from vision import VisionConfig, VisionTransformer
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT.parent / "shared" / "data" / "scienceqa"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-HOSTILE = '</script><img src="http://127.0.0.1:9/spy" onerror="document.title=1"><script>document.title=2</script>{{data}}{{title}}'
+HOSTILE = (
+    '</script><img src="http://127.0.0.1:9/spy" onerror="document.title=1"><script>document.title=2</script>{{data}}{{title}}'
+)
 
 
 def tiny_run(folder: Path, stage: int = 2, **changes) -> Path:
     """A run directory of a tiny random model with a tokenizer of 400 pieces, bytes among them."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    lines = ["Which thing is at the left? Context: N/A Options: (A) red (B) blue ### Human: ### Assistant: The answer is B."] * 20
+    words = "Which thing is at the left? Context: N/A Options: (A) red (B) blue ### Human: ### Assistant: The answer is B."
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), vocab_size=330, model_type="bpe",
+        sentence_iterator=iter([words, "# ##"] * 20), model_prefix=str(folder / "tokenizer"), vocab_size=330, model_type="bpe",
         byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
         hard_vocab_limit=False, minloglevel=2)  # fmt: skip
     vocab_size = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).vocab_size()
@@ -74,16 +76,19 @@ def quiz(tmp_path_factory):
     for i in range(26):
         id = str(100 + i)
         problems[id] = dict(
-            question=f"Which thing is {'far ' * (7 * i % 11)}at the left?", choices=["red", "blue", "it lives here"][: 2 + i % 2],
-            answer=i % 2, hint="blue is red" if i % 2 else "", image="image.png" if i % 3 == 0 else None, split="test",
-            grade=f"grade{i % 12 + 1}", subject=["natural science", "social science", "language science"][i % 3],
+            question=f"Which thing is {'far ' * (7 * i % 11)}at the left?", hint="blue is red" if i % 2 else "",
+            choices=["red", "blue", "it lives here"][: 2 + i % 2], answer=i % 2,
+            image="image.png" if i % 3 == 0 else None, split="test", grade=f"grade{i % 12 + 1}",
+            subject=["natural science", "social science", "language science"][i % 3],
             lecture="Things have a colour.", solution="It is so.")  # fmt: skip
         if i % 3 == 0:
             (folder / f"images/test/{id}").mkdir(parents=True)
-            Image.linear_gradient("L").rotate(14 * i).resize((400 if i == 3 else 40, 40)).save(folder / f"images/test/{id}/image.png")
+            picture = Image.linear_gradient("L").rotate(14 * i).resize((400 if i == 3 else 40, 40))
+            picture.save(folder / f"images/test/{id}/image.png")
     problems["101"] |= dict(question=HOSTILE, choices=[HOSTILE, "<b>blue</b>"], hint=HOSTILE, lecture=HOSTILE)
     (folder / "problems.json").write_text(json.dumps(problems))
-    (folder / "pid_splits.json").write_text(json.dumps({"test": list(problems), "few": ["100", "101"], "none": [], "lost": ["7"]}))
+    splits = {"test": list(problems), "few": ["100", "101"], "none": [], "lost": ["7"]}
+    (folder / "pid_splits.json").write_text(json.dumps(splits))
     return folder
 
 
@@ -167,7 +172,7 @@ def test_missing_answers_and_strangers_are_counted(quiz, tmp_path, capsys):
     for id in ("102", "103"):
         del said[id]
     (tmp_path / "said.json").write_text(json.dumps(said))
-    evaluate("--predictions", tmp_path / "said.json", "--data", quiz)  # 9 pictures would be there; without them as well:
+    evaluate("--predictions", tmp_path / "said.json", "--data", quiz)
     table = capsys.readouterr().out
     assert "22 of 26 right; 4 unparsed" in table and "2 of the questions have no answer" in table
     assert "2 of the answers are not to questions of split test" in table
@@ -248,7 +253,7 @@ def test_killed_and_continued_writes_the_same(alone, run, quiz, tmp_path, capsys
     slow = "import time, eval_scienceqa as e; ask = e.ask; e.ask = lambda *a: (time.sleep(1.5), ask(*a))[1]; e.main()"
     process = subprocess.Popen([sys.executable, "-c", slow, *map(str, flags)], cwd=ROOT, env=ENVIRONMENT)
     deadline = time.time() + 100
-    while time.time() < deadline and not any(p.stat().st_size for p in tmp_path.glob("*.jsonl")):
+    while time.time() < deadline and not any("[" in p.read_text() for p in tmp_path.glob("*.jsonl")):
         time.sleep(0.05)
     process.kill()
     assert process.wait(timeout=60) == -signal.SIGKILL and not out.exists()
@@ -377,10 +382,12 @@ def test_refusals(run, quiz, tmp_path):
     assert "answer to '100' is 3" in told('{"100": 3}') and "answer to '101' is null" in told('{"outputs": {"101": null}}')
     assert "JSON list" in told('["A"]') and "not JSON at line 1" in told('{"100": "A"')
     (tmp_path / "said.json").write_text('{"100": "A"}')
-    assert "is the file of --predictions" in refused("--predictions", tmp_path / "said.json", "--data", quiz, "--out", tmp_path / "said.json")
+    same = ("--predictions", tmp_path / "said.json", "--out", tmp_path / "said.json")
+    assert "is the file of --predictions" in refused(*same, "--data", quiz)
     assert "cannot be read" in refused("--predictions", tmp_path / "none.json", *few)
     assert "no split 'dev'; it has test, few, none, lost" in refused("--data", quiz, "--split", "dev")
-    assert "names problem '7'" in refused("--data", quiz, "--split", "lost") and "is empty" in refused("--data", quiz, "--split", "none")
+    assert "names problem '7'" in refused("--data", quiz, "--split", "lost")
+    assert "is empty" in refused("--data", quiz, "--split", "none")
     assert "no such folder" in refused("--data", tmp_path / "nowhere")
     blocked = refused("--model", run, "--data", quiz, "--out", quiz / "problems.json" / "out.json")
     assert re.search("problems.json/.*part0.jsonl: cannot be written .*; give another --out", blocked)
@@ -396,8 +403,9 @@ def test_unfit_runs_are_refused(run, quiz, tmp_path):
     (tmp_path / "half/projector.pth").unlink()
     assert "no finished run" in refused("--model", tmp_path / "half", *few)
     config = json.loads((run / "config.json").read_text())
-    for change, reason in (({"stage": 1}, "a run of stage 1; take one of stage 2"), ({"template": "vicuna_v1"}, "'vicuna_v1'; only"),
-                           ({"prompt": "QCM-ALE"}, "'QCM-ALE'; only")):  # fmt: skip
+    for change, reason in (({"stage": 1}, "a run of stage 1; take one of stage 2"),
+                           ({"template": "vicuna_v1"}, "'vicuna_v1', only 'vicuna_v0' is known"),
+                           ({"prompt": "QCM-ALE"}, "'QCM-ALE', only 'QCM-LEA' is known")):  # fmt: skip
         shutil.copytree(run, tmp_path / "unfit", dirs_exist_ok=True)
         (tmp_path / "unfit/config.json").write_text(json.dumps(config | change))
         assert reason in refused("--model", tmp_path / "unfit", *few)

@@ -282,6 +282,28 @@ def test_bf16_autocast_is_as_near_to_fp32_as_that_of_transformers():
     assert error(W.grad, exact_W) <= 2 * error(twin_W.grad, exact_W) <= 0.2
 
 
+def test_frozen_weights_held_in_bf16_train_W_and_answer():
+    """How stage 1 runs on a GPU: the ViT and the LLM in bf16, W in fp32, under autocast."""
+    llava, batch = tiny_llava(stage=1), flat(samples(5))
+    _, exact = gradients(llava, batch)
+    llava.vision.bfloat16()
+    llava.llama.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, near = gradients(llava, batch)
+        answers = llava.answers(**prompt_batch(prompts()), stop=[-7], max_new_tokens=NEW)
+    assert loss.dtype == near["projector.weight"].dtype == torch.float32
+    assert error(near["projector.weight"], exact["projector.weight"]) <= 0.2
+    assert [len(answer) for answer in answers] == [NEW] * 4
+
+
+def test_a_llama_held_in_bf16_still_has_its_loss_in_fp32():
+    llava, batch = tiny_llava(), flat(samples(5))
+    exact, _ = llava(**batch)
+    llava.llama.bfloat16()
+    loss, _ = llava(**batch)
+    assert loss.dtype == torch.float32 and abs(loss - exact) <= 0.02 * exact
+
+
 # --- what trains
 
 
