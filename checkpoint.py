@@ -596,8 +596,8 @@ def save_run(run, llava: LLaVA, config: dict, tokenizer_path, stage: int, dtype=
     config: any JSON; must hold "vision" and in stage 1 "llama", the paths that these came from (kept as absolute ones).
     dtype: of a stage-2 LLaMA in its file; None: as it is.
 
-    Everything is first written whole beside its place: a full disk harms nothing. Then, from when the first file has
-    moved to when the last has, there is no projector.pth, and `load_run` refuses: old and new never mix.
+    Everything is first written whole beside its place: a full disk harms nothing. While the files then move into
+    place, projector.pth is away until all others are there, and without it `load_run` refuses: old and new never mix.
     """
     run, new = Path(run), Path(run) / ".new"
     shutil.rmtree(new, ignore_errors=True)  # of a save that was killed
@@ -612,9 +612,9 @@ def save_run(run, llava: LLaVA, config: dict, tokenizer_path, stage: int, dtype=
         save_projector(llava.projector, new / "projector.pth")
         write_json(new / "config.json", config)
         (run / "projector.pth").unlink(missing_ok=True)
-        last = ["projector.pth", "config.json"]
-        for name in [file.name for file in new.iterdir() if file.name not in last] + last:
-            os.replace(new / name, run / name)
+        sync_folder(run)
+        for file in sorted(new.iterdir(), key=lambda file: file.name == "projector.pth"):
+            os.replace(file, run / file.name)
         sync_folder(run)
     finally:
         shutil.rmtree(new, ignore_errors=True)

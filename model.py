@@ -184,17 +184,19 @@ def flat_attention(n_layers: int, cu_seqlens: torch.Tensor, prefix=None, keep: l
 class KVCache:
     """Keys and values of B growing samples. lengths (B,) int64: how many positions of each row are filled."""
 
-    def __init__(self, kept: list, cu_seqlens: torch.Tensor, prefix, room: int):
-        """kept: what `flat_attention` kept of the prompts; room: how many positions will follow."""
+    ROOM = 64  # positions by which the rows grow whenever the longest is full
+
+    def __init__(self, kept: list, cu_seqlens: torch.Tensor, prefix):
+        """kept: what `flat_attention` kept of the prompts."""
         S = 0 if prefix is None else len(prefix[0][0])
         self.lengths = (S + cu_seqlens[1:] - cu_seqlens[:-1]).long()
-        B, longest = len(self.lengths), int(self.lengths.max()) + room
+        B, longest = len(self.lengths), int(self.lengths.max()) + self.ROOM
         borders = cu_seqlens.tolist()
         self.layers = []
         for layer, flat in enumerate(kept):
             rows = []
             for t, before in zip(flat, prefix[layer] if prefix else (None, None)):
-                row = t.new_zeros(B, longest, *t.shape[1:])  # (B, room for all, K, hd)
+                row = t.new_zeros(B, longest, *t.shape[1:])  # (B, longest, K, hd)
                 for i, (a, b) in enumerate(zip(borders, borders[1:])):
                     if S:
                         row[i, :S] = before
@@ -206,10 +208,12 @@ class KVCache:
         """Attention of one new position per sample, which is first written at each row's length."""
 
         def attend(q, k, v):  # (B, H, hd), (B, K, hd), (B, K, hd)
+            longest = int(self.lengths.max()) + 1
+            if longest > self.layers[layer][0].shape[1]:
+                self.layers[layer] = [F.pad(rows, (0, 0, 0, 0, 0, self.ROOM)) for rows in self.layers[layer]]
             rows_k, rows_v = self.layers[layer]
             here = torch.arange(len(k), device=k.device)
             rows_k[here, self.lengths], rows_v[here, self.lengths] = k, v
-            longest = int(self.lengths.max()) + 1
             seen = torch.arange(longest, device=k.device) <= self.lengths[:, None]  # (B, longest)
             k, v = rows_k[:, :longest].transpose(1, 2), rows_v[:, :longest].transpose(1, 2)  # (B, K, longest, hd)
             gqa = q.shape[1] != k.shape[1]
@@ -321,7 +325,7 @@ class LLaVA(nn.Module):
         attend = flat_attention(len(self.llama.layers), cu_seqlens, prefix, keep)
         x = self.llama(self.embed(ids, pixels), positions(cu_seqlens, S), attend)
         x = x[cu_seqlens[1:].long() - 1]  # (B, dim): the last position of each prompt
-        cache = KVCache(keep, cu_seqlens, prefix, max_new_tokens)
+        cache = KVCache(keep, cu_seqlens, prefix)
         rows = list(range(len(cu_seqlens) - 1))  # the prompts still being answered
         said = [[] for _ in rows]
         dice = [torch.Generator().manual_seed(seed + i) for i in rows]

@@ -212,11 +212,13 @@ def test_piped_questions(run, picture, tmp_path, talker):  # noqa: F811
 
 def test_in_a_terminal(run):  # noqa: F811
     """Ctrl-C stops an answer and not the chat, the arrow key brings a question back, Ctrl-D ends."""
-    child, terminal = pty.fork()
-    if child == 0:
-        os.chdir(ROOT)
-        arguments = [sys.executable, "chat.py", "--model", str(run), "--max-new-tokens", "20000"]
-        os.execve(sys.executable, arguments, {**ENVIRONMENT, "TERM": "dumb"})
+    terminal, inner = pty.openpty()
+    # As a shell would: a session of its own, whose terminal this is. (pty.fork is not safe here: torch has threads.)
+    begin = "import fcntl, os, runpy, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    begin += "runpy.run_path('chat.py', run_name='__main__')"
+    process = subprocess.Popen([sys.executable, "-c", begin, "--model", str(run), "--max-new-tokens", "20000"], cwd=ROOT,
+                               stdin=inner, stdout=inner, stderr=inner, env={**ENVIRONMENT, "TERM": "dumb"})  # fmt: skip
+    os.close(inner)
     seen = ""
 
     def until(pattern, timeout=60):
@@ -242,11 +244,9 @@ def test_in_a_terminal(run):  # noqa: F811
         os.write(terminal, b"\x03")
         until(r"> ")
         os.write(terminal, b"\x04")
-        deadline = time.time() + 20
-        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.time() < deadline:
-            select.select([terminal], [], [], 0.05)
-        assert ended == (child, 0)
+        assert process.wait(timeout=20) == 0
     finally:
+        process.kill()
         os.close(terminal)
 
 

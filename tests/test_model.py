@@ -367,8 +367,9 @@ def until(said: list[int], stop: list[int]) -> list[int]:
 
 
 @GQA
-def test_greedy_answers_are_those_of_transformers(n_kv_heads):
-    """Token for token, batched here, one at a time there and without a cache."""
+def test_greedy_answers_are_those_of_transformers(n_kv_heads, monkeypatch):
+    """Token for token, batched here, one at a time there and without a cache; the cache grows on the way."""
+    monkeypatch.setattr(model.KVCache, "ROOM", 5)
     llava = tiny_llava(n_kv_heads)
     twin = llava_twin(llava)
     answers = llava.answers(**prompt_batch(prompts()), stop=[-7], max_new_tokens=NEW)
