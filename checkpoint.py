@@ -645,7 +645,16 @@ def load_run(run, dtype=torch.float32) -> tuple[LLaVA, object, dict]:
         load_vision(vision["path"], vision["feature_layer"], dtype),
         load_projector(run / "projector.pth"),
     )
-    return llava, load_tokenizer(llama_path / "tokenizer.model"), config
+    return llava, open_tokenizer(llama_path / "tokenizer.model", llava.llama), config
+
+
+def open_tokenizer(path, llama: LLaMA):
+    """The SentencePiece model that goes with a LLaMA. Raises UserError if it has pieces that this LLaMA has no row for."""
+    sp = load_tokenizer(path)
+    if sp.vocab_size() > llama.config.vocab_size:
+        raise UserError(f"{path}: has {sp.vocab_size()} pieces, the LLaMA beside it only {llama.config.vocab_size}; take "
+                        "the tokenizer that came with it")  # fmt: skip
+    return sp
 
 
 # --- training state

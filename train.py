@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import checkpoint
 import demo
-from conversation import IMAGE, TEMPLATE, UserError, load_tokenizer, system_ids
+from conversation import IMAGE, TEMPLATE, UserError, system_ids
 from data import REQUESTS, SCIENCEQA_PROMPT, Encoder, Example, Examples, Pictures, ScienceQA, Steps, ask
 from vision import FEATURE_LAYER
 
@@ -270,7 +270,7 @@ def train(a, rank: int, world: int, device: torch.device):
 
     # Every sample starts with the system message: it is read once for all. In stage 1 the LLaMA is constant, and so
     # is what it makes of it; in stage 2 it is read with each batch, as ids, so that the gradient reaches it.
-    sp = load_tokenizer(tokenizer)
+    sp = checkpoint.open_tokenizer(tokenizer, model.llama)
     prefix_ids = torch.tensor(system_ids(sp), device=device)
 
     def read_prefix():

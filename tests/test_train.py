@@ -305,6 +305,11 @@ def break_input(inputs, tmp_path, what):
         params = json.loads((bad / "params.json").read_text())
         (bad / "params.json").write_text(json.dumps({**params, "n_layers": 3}))
         return dict(llama=bad), "promises 3 layers, the weights hold 2"
+    if what == "a tokenizer of another LLaMA":
+        copy_llama(inputs, bad)
+        small = LLaMA(LLaMAConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=4, ffn_dim=48, vocab_size=300))
+        checkpoint.save_llama(small, bad)
+        return dict(llama=bad), "pieces, the LLaMA beside it only 300"
     if what == "a projector of another shape":
         torch.save({"weight": torch.zeros(32, 48)}, bad)
         return dict(projector=bad), "48"
@@ -351,7 +356,7 @@ def copy_llama(inputs, to):
 
 
 BROKEN = ["no llama", "no vision", "no data", "no images", "images not given", "a truncated checkpoint", "a pickle with code",
-          "a checkpoint with code", "another shape", "a projector of another shape", "bad JSON", "a picture that is not there",
+          "a checkpoint with code", "another shape", "a tokenizer of another LLaMA", "a projector of another shape", "bad JSON", "a picture that is not there",
           "a broken picture", "a picture bomb", "no green token", "no room for a picture", "an out that is a file"]  # fmt: skip
 
 
