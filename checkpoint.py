@@ -649,11 +649,11 @@ def load_run(run, dtype=torch.float32) -> tuple[LLaVA, object, dict]:
 
 
 def open_tokenizer(path, llama: LLaMA):
-    """The SentencePiece model that goes with a LLaMA. Raises UserError if it has pieces that this LLaMA has no row for."""
+    """The SentencePiece model that goes with a LLaMA. Raises UserError if it has pieces beyond its rows."""
     sp = load_tokenizer(path)
     if sp.vocab_size() > llama.config.vocab_size:
-        raise UserError(f"{path}: has {sp.vocab_size()} pieces, the LLaMA beside it only {llama.config.vocab_size}; take "
-                        "the tokenizer that came with it")  # fmt: skip
+        raise UserError(f"{path}: has {sp.vocab_size()} pieces, the LLaMA beside it only {llama.config.vocab_size}; "
+                        "take the tokenizer that came with it")  # fmt: skip
     return sp
 
 

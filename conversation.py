@@ -166,7 +166,7 @@ def show(sp, ids: np.ndarray, green: np.ndarray, colour: bool = True) -> str:
 def main():
     import data  # imports this file
 
-    parser = argparse.ArgumentParser(description="Print a sample as Table 2 of the paper, what the model learns in green.")
+    parser = argparse.ArgumentParser(description="Print a sample as Table 2 of the paper, green in green.")
     data.add_data_arguments(parser)
     parser.add_argument("--index", type=int, default=0, help="which sample, from 0 (default 0)")
     arguments = parser.parse_args()
@@ -185,4 +185,4 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        raise SystemExit(f"error: {error}")
+        raise SystemExit(f"error: {error}") from None

@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 
+from checkpoint import load_vision, read_json
 from conversation import IMAGE, UserError, load_tokenizer, split_at_picture, stop_ids, surface, tokenize
 from vision import open_picture, preprocess
 
@@ -63,7 +64,7 @@ def from_llava(record: dict, dice: random.Random) -> Example:
         if not isinstance(message, dict) or not isinstance(message.get("value"), str):
             raise ValueError(f'message {len(turns)} is not {{"from": "{role}", "value": text}}')
         if message.get("from") != role:
-            raise ValueError(f'message {len(turns)} is from {message.get("from")!r}; the roles must alternate human, gpt')
+            raise ValueError(f"message {len(turns)} is from {message.get('from')!r}; the roles must alternate")
         turns.append(message["value"])
     if len(turns) % 2 == 1:
         raise ValueError("its last message is the human's: no answer to learn")
@@ -87,7 +88,8 @@ def from_caption(record: dict, dice: random.Random) -> Example:
 
 
 def from_scienceqa(record: dict, dice: random.Random) -> Example:
-    """A problem in the form QCM-LEA -> Example(id, ["{question}\\nContext: ...\\nOptions: (A) ...", "... The answer is B."])"""
+    """A problem in the form QCM-LEA
+    -> Example(id, ["{question}\\nContext: ...\\nOptions: (A) ...", "{lecture} {solution} The answer is B."])"""
     letter = LETTERS[record["answer"]]
     lecture, solution = (record[key].replace("\n", "\\n") for key in ("lecture", "solution"))
     answer = f"{lecture} {solution} The answer is {letter}.".replace("  ", " ").strip()
@@ -200,7 +202,7 @@ class ScienceQA:
     kind = f"ScienceQA, {SCIENCEQA_PROMPT}"
 
     def __init__(self, folder: Path, split: str = "train", missing_pictures_as_text: bool = False):
-        problems, splits = (read_json_object(folder / name) for name in ("problems.json", "pid_splits.json"))
+        problems, splits = (read_json(folder / name, dict) for name in ("problems.json", "pid_splits.json"))
         if not isinstance(splits.get(split), list):
             raise UserError(f"{folder / 'pid_splits.json'}: has no split {split!r}; it has {', '.join(splits)}")
         self.records, missing = [], []
@@ -257,20 +259,6 @@ def check_problem(id: str, record: dict, path: Path) -> dict:
     if not 0 <= record["answer"] < len(record["choices"]):
         refuse(f"answer {record['answer']} is beyond its {len(record['choices'])} choices")
     return record
-
-
-def read_json_object(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a ScienceQA folder holds problems.json, pid_splits.json, images/") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: bad JSON in line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 KINDS = {"LLaVA conversations": from_llava, "captions": from_caption, ScienceQA.kind: from_scienceqa}
@@ -418,8 +406,8 @@ def order(types: np.ndarray, epoch: int, seed: int, sampling: str = "proportiona
     drawn, samples = kinds[dice.integers(len(kinds), size=n)], np.empty(n, dtype=np.int64)
     for kind in kinds:
         members, places = np.flatnonzero(types == kind), np.flatnonzero(drawn == kind)
-        rounds = -(-len(places) // len(members))
-        samples[places] = np.concatenate([members[:0], *(dice.permutation(members) for _ in range(rounds))])[: len(places)]
+        rounds = [dice.permutation(members) for _ in range(-(-len(places) // len(members)))]
+        samples[places] = np.concatenate([members[:0], *rounds])[: len(places)]
     return samples
 
 
@@ -494,10 +482,11 @@ def add_data_arguments(parser):
 
 def open_for_display(arguments):
     """-> tokenizer, examples, patches a picture, for `python conversation.py`. No picture is opened."""
-    import checkpoint, demo  # noqa: E401  (both import this file's neighbours; nothing of theirs runs at import)
+    import demo  # which needs nothing of this file, but is read after it
 
     sp = load_tokenizer(arguments.tokenizer or demo.LLAMA / "tokenizer.model")
-    n_patches = arguments.patches or (256 if arguments.tokenizer else checkpoint.load_vision(demo.VISION).config.n_patches)
+    n_patches = 256 if arguments.tokenizer else load_vision(demo.VISION).config.n_patches
+    n_patches = arguments.patches or n_patches
     if arguments.data:
         return sp, Examples(arguments.data, split=arguments.split, missing_pictures_as_text=True), n_patches
     demo.prepare(demo.FOLDER)

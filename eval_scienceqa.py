@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import checkpoint
 import demo
-from conversation import IMAGE, TEMPLATE, UserError, system_ids, tokenize
+from conversation import TEMPLATE, UserError, system_ids, tokenize
 from data import LETTERS, SCIENCEQA_PROMPT, Encoder, Example, Pictures, ScienceQA, ask, scienceqa_question
 from train import gathered, start_processes
 from vision import open_picture
@@ -340,4 +340,4 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        raise SystemExit(f"error: {error}")
+        raise SystemExit(f"error: {error}") from None

@@ -170,11 +170,11 @@ def flat_attention(n_layers: int, cu_seqlens: torch.Tensor, prefix=None, keep: l
             return varlen_attn(q, torch.cat(ks), torch.cat(vs), cu_seqlens, cu_seqlens_k, longest, longest + S,
                                window_size=causal, enable_gqa=gqa)  # fmt: skip
         outs = []
-        for q, k, v in zip(q.split(lengths), ks, vs):
+        for qkv in zip(q.split(lengths), ks, vs):
             # Position t of the sample sees the prefix and 0..t. (is_causal alone would line up the first rows.)
-            mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(S) if S else None
-            q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, heads, ..., hd)
-            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not S, enable_gqa=gqa)
+            mask = torch.ones(len(qkv[0]), len(qkv[1]), dtype=torch.bool, device=q.device).tril(S) if S else None
+            one_q, one_k, one_v = (t.transpose(0, 1)[None] for t in qkv)  # (1, heads, T or S+T, hd)
+            out = F.scaled_dot_product_attention(one_q, one_k, one_v, mask, is_causal=not S, enable_gqa=gqa)
             outs.append(out[0].transpose(0, 1))  # (T, H, hd)
         return torch.cat(outs)
 

@@ -29,7 +29,7 @@ import checkpoint
 import demo
 from conversation import IMAGE, TEMPLATE, UserError, system_ids
 from data import REQUESTS, SCIENCEQA_PROMPT, Encoder, Example, Examples, Pictures, ScienceQA, Steps, ask
-from vision import FEATURE_LAYER
+from vision import FEATURE_LAYER, PREPROCESSING
 
 PAPER = {  # section 4.2: what each run of the paper uses
     "stage1": dict(epochs=1, batch_size=128, lr=2e-3, sampling="proportional"),
@@ -56,7 +56,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--stage", type=int, choices=(1, 2), required=True, help="1: W alone; 2: W and the LLaMA")
     add("--task", choices=("chat", "scienceqa"), default="chat", help="of stage 2")
     add = parser.add_argument_group("inputs (none of them: the demo)").add_argument
-    add("--llama", metavar="DIR", help="LLaMA or Vicuna: Meta's raw folder, a Hugging Face folder, or a run of stage 2")
+    add("--llama", metavar="DIR", help="LLaMA or Vicuna: Meta's raw folder, a Hugging Face folder, a run of stage 2")
     add("--vision", metavar="PATH", help="CLIP: OpenAI's ViT-L-14.pt or a Hugging Face folder")
     add("--projector", metavar="FILE", help="a W to start from: projector.pth or mm_projector.bin; else noise")
     add("--init-from", metavar="RUN", help="start from this run's LLaMA, ViT and W instead of --llama, --vision and "
@@ -64,7 +64,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--data", nargs="+", metavar="PATH", help="LLaVA JSON (stage 1: chat.json of CC3M-595K; stage 2: "
         "llava_instruct_150k.json or its three parts), captions, or a ScienceQA folder")  # fmt: skip
     add("--images", metavar="PATH", help="folder or zip that the data's picture paths are relative to")
-    add("--missing-pictures-as-text", action="store_true", help="ask ScienceQA problems without a picture that is absent")
+    add("--missing-pictures-as-text", action="store_true", help="ask ScienceQA problems without absent pictures")
     add = parser.add_argument_group("the run").add_argument
     add("--out", metavar="DIR", help="run directory (default runs/stage1, runs/chat or runs/scienceqa)")
     add("--epochs", type=int, help="passes over the data (default: the paper's)")
@@ -76,7 +76,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--max-steps", type=int, help="stop after so many steps (default: epochs decide)")
     add("--seed", type=int, default=0, help="of W's noise, the samples' order and what is drawn for a caption")
     add("--sampling", choices=("uniform", "proportional"),
-        help="uniform: each response type as often (the paper's, default for chat); proportional: each sample once an epoch")  # fmt: skip
+        help="uniform: each response type as often (the paper's, default for chat); proportional: each sample once an "
+        "epoch")  # fmt: skip
     add("--precision", choices=("bf16", "fp32"), help="of the matrix products (default: bf16 on GPUs, else fp32)")
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on where --out was left")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the LLaMA's blocks")
@@ -99,10 +100,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     needed = ("init_from", "data") if a.init_from else ("llama", "vision", "data")
     missing = [f"--{name.replace('_', '-')}" for name in needed if not getattr(a, name)]
     if missing and not a.demo:
-        raise UserError(f"{' and '.join(missing)} missing: give --llama, --vision and --data, or --init-from and --data, "
-                        "or none of them for the demo")  # fmt: skip
+        raise UserError(f"{' and '.join(missing)} missing: give --llama, --vision and --data, or --init-from and "
+                        "--data, or none of them for the demo")  # fmt: skip
     if a.init_from and (a.llama or a.vision or a.projector):
-        raise UserError("--init-from brings the LLaMA, the ViT and W of its run; leave out --llama, --vision, --projector")
+        raise UserError("--init-from brings the LLaMA, the ViT and W of its run; leave out --llama, --vision and "
+                        "--projector")  # fmt: skip
     defaults = PAPER[a.name] | (demo.SETTINGS[a.name] if a.demo else {})
     for name, value in defaults.items():
         if getattr(a, name, None) is None:
@@ -237,7 +239,8 @@ def start_model(a, dtype: torch.dtype):
         projector = checkpoint.load_projector(a.projector) if a.projector else None
         model = checkpoint.build(checkpoint.load_llama(llama, llama_dtype),
                                  checkpoint.load_vision(vision, FEATURE_LAYER, dtype), projector, a.seed)  # fmt: skip
-    return model, Path(llama) / "tokenizer.model", dict(llama=str(Path(llama).resolve()), vision=str(Path(vision).resolve()))
+    origin = dict(llama=str(Path(llama).resolve()), vision=str(Path(vision).resolve()))
+    return model, Path(llama) / "tokenizer.model", origin
 
 
 def train(a, rank: int, world: int, device: torch.device):
@@ -251,7 +254,8 @@ def train(a, rank: int, world: int, device: torch.device):
     examples = Examples(a.data, a.seed, missing_pictures_as_text=a.missing_pictures_as_text)
     is_scienceqa = [isinstance(part, ScienceQA) for part in examples.parts]
     if any(is_scienceqa) != (a.name == "scienceqa") or len(set(is_scienceqa)) > 1:
-        raise UserError(f"--data holds {examples.describe()}; a ScienceQA folder, alone, goes with --stage 2 --task scienceqa")
+        raise UserError(f"--data holds {examples.describe()}; a ScienceQA folder, and nothing else, goes with "
+                        "--stage 2 --task scienceqa")  # fmt: skip
     if a.name == "scienceqa" and not a.images:
         a.images = a.data[0]
     say(f"data: {examples.describe()}")
@@ -288,8 +292,9 @@ def train(a, rank: int, world: int, device: torch.device):
 
     settings = {k: v if isinstance(v, (int, float, type(None))) else str(v) for k, v in vars(a).items()}
     settings = {k: v for k, v in settings.items() if k not in ("resume", "out")}
-    config = dict(settings=settings, stage=a.stage, template=TEMPLATE, prompt=SCIENCEQA_PROMPT, feature_layer=FEATURE_LAYER,
-                  precision=precision, torch=torch.__version__, **origin)  # fmt: skip
+    config = dict(settings=settings, stage=a.stage, template=TEMPLATE, prompt=SCIENCEQA_PROMPT, precision=precision,
+                  feature_layer=FEATURE_LAYER, preprocessing=PREPROCESSING, torch=torch.__version__)  # fmt: skip
+    config |= origin
     state = open_run(a, config, rank)
     if a.demo and rank == 0 and a.stage == 1:
         before = caption_held_out(model, encode, prefix)
@@ -324,7 +329,8 @@ def train(a, rank: int, world: int, device: torch.device):
     for step in loader:
         green = sum(int(batch.green.sum()) for batch in step.batches)
         tokens = sum(len(batch.ids) for batch in step.batches)
-        green, tokens, cut, bad, asked = summed(green, tokens, step.cut, len(step.errors), interrupt.asked, device=device)
+        counts = green, tokens, step.cut, len(step.errors), interrupt.asked
+        green, tokens, cut, bad, asked = summed(*counts, device=device)
         if asked:
             break
         if bad or not green:
@@ -391,6 +397,6 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        raise SystemExit(f"error: {error}")
+        raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit(128 + signal.SIGINT)
+        raise SystemExit(128 + signal.SIGINT) from None

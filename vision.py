@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 
 FEATURE_LAYER = -2  # the output of the last block but one: LLaVA's default (its ablation: -1 does worse)
 HEAD_DIM = 64  # in every published CLIP ViT: heads = width / 64
+PREPROCESSING = "CLIP's: shorter side by bicubic, centre crop, mean and deviation"  # recorded with every run
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's normalisation, per channel of RGB in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # what Pillow may try: none of them runs a program
