@@ -29,7 +29,7 @@ from tqdm import tqdm, trange
 
 import checkpoint
 from conversation import IMAGE, IMAGE_ID, UserError, load_tokenizer, render, system_ids, tokenize
-from data import from_caption, from_scienceqa
+from data import REQUESTS, from_caption, from_scienceqa
 from model import LLaMA, LLaMAConfig, flat_attention, positions
 from vision import VisionConfig, VisionTransformer, normalize
 
@@ -479,6 +479,54 @@ def caption_report(before: list[str], after: list[str], swapped: list[str], held
     return "\n".join(lines)
 
 
+def chat_report(before: list[str], after: list[str], swapped: list[str], held_out: list[HeldOut], samples=6) -> str:
+    """What stage 2 prints for the chat: a few questions, and the share of them answered with exactly the true answer.
+
+    The three lists answer `exam("chat")`. Chance: how often another scene has the same answer to the same question.
+    """
+    asked = [(h.image.name, question, truth) for h in held_out for question, truth in h.questions[:ASKED]]
+    same = {}  # question -> its true answers, for all the scenes
+    for h in held_out:
+        for question, truth in h.questions:
+            same.setdefault(question, []).append(truth)
+    pairs = [(truth, other) for _, question, truth in asked for other in without(same[question], truth)]
+    rows = {name: [answer == truth for answer, (_, _, truth) in zip(answers, asked, strict=True)] for name, answers in
+            (("before stage 2", before), ("after", after), ("after, another scene's picture", swapped))}  # fmt: skip
+    rows["chance: other scenes' true answers"] = [truth == other for truth, other in pairs]
+    lines = [f"{name}  {question}\n  truth {truth}  after {a}" for (name, question, truth), a in zip(asked, after)][:samples]
+    lines += ["", f"% of {len(asked)} questions about held-out scenes right"]
+    return "\n".join(lines + [f"  {name:44}{100 * sum(row) / len(row):6.1f}" for name, row in rows.items()])
+
+
+def without(answers: list[str], one: str) -> list[str]:
+    """The answers less one that equals `one`."""
+    rest = answers.copy()
+    rest.remove(one)
+    return rest
+
+
+ASKED = 2  # questions about each held-out scene at the end of the chat's training
+
+
+def exam(name: str, shift: int = 0) -> list[tuple[str, str]]:
+    """What a run (a key of SETTINGS) is asked about the held-out scenes -> (human message, file of the picture).
+
+    shift: how many scenes further on the picture comes from that is shown; 0 = it is the true one.
+    """
+    held_out = heldout(FOLDER)
+    shown = held_out[shift:] + held_out[:shift]
+    if name == "stage1":
+        return [(f"{IMAGE}\n{REQUESTS[0]}", s.image.name) for s in shown]
+    return [(f"{IMAGE}\n{q}", s.image.name) for h, s in zip(held_out, shown) for q, _ in h.questions[:ASKED]]
+
+
+def report(run: Path) -> str:
+    """The figures of a run of the demo, from the answers that train.py kept in its directory."""
+    kept = checkpoint.read_json(run / "exam.json", dict)
+    write = {"stage1": caption_report, "chat": chat_report}[kept.pop("name")]
+    return write(**kept, held_out=heldout(FOLDER))
+
+
 # --- text alone, which the LLaMA reads before: the scene told in words where a picture would stand
 
 
@@ -519,23 +567,46 @@ def with_picture(turns: list[str], dice: random.Random) -> list[str]:
     return [first, *turns[1:]]
 
 
-def spell(sp, turns: list[str], scene: Scene | None, dice: random.Random):
-    """ids and green mask of a conversation, the scene's words laid exactly where a picture's patches would be."""
-    if scene is None:
-        return tokenize(sp, turns)
-    words = [sp.piece_to_id("\u2581" + word) for word in in_words(scene, dice)]
-    ids, green = tokenize(sp, turns, len(words))
-    ids[ids == IMAGE_ID] = words
-    return ids, green
+def in_chords(scene: Scene, dice: random.Random) -> list[list[tuple[str, float]]]:
+    """The scene as positions that each sound several words of one thing at once -> (word, loudness) of each position.
+
+    The things' positions are shuffled among each other, so a chord must be understood by itself.
+    """
+    chords = [[("blank", 1.0)]] * dice.randint(6, 24)
+    for t in scene:
+        for _ in range(dice.randint(3, 6)):
+            words = [word for word in vars(t).values() if dice.random() < 0.85] or [t.place]
+            chords.append([(word, dice.uniform(0.4, 1.2)) for word in words])
+    return dice.sample(chords, len(chords))
+
+
+def spell(sp, turns: list[str], scene: Scene | None, dice: random.Random, chords: bool = False):
+    """A conversation with its scene told exactly where a picture's patches would be.
+
+    Returns ids (T, 4) and loudness (T, 4) of the words at each position (only a chord has more than one), green (T,).
+    """
+    told = []
+    if scene is not None:
+        told = in_chords(scene, dice) if chords else [[(word, 1.0)] for word in in_words(scene, dice)]
+    first, green = tokenize(sp, turns, len(told))
+    ids, loudness = np.zeros((len(first), len(ATTRIBUTES)), np.int64), np.zeros((len(first), len(ATTRIBUTES)), np.float32)
+    ids[:, 0], loudness[:, 0] = first, 1
+    for position, chord in zip(np.flatnonzero(first == IMAGE_ID), told):
+        for i, (word, loud) in enumerate(chord):
+            ids[position, i], loudness[position, i] = sp.piece_to_id("\u2581" + word), loud
+    return ids, loudness, green
 
 
 # --- the recipe of the backbones
 
 VOCAB = 1024
 LLAMA_SHAPE = dict(dim=128, n_layers=4, n_heads=4, n_kv_heads=4, ffn_dim=352, vocab_size=VOCAB, norm_eps=1e-5)
-LLAMA_TRAINING = dict(steps=5000, batch_size=32, lr=3e-3)
+LLAMA_TRAINING = (  # phases: the second reads half of the scenes in chords
+    dict(steps=5000, batch_size=32, lr=3e-3, chords=0.0),
+    dict(steps=1500, batch_size=32, lr=1.5e-3, chords=0.5),
+)
 VIT_SHAPE = dict(image_size=PIXELS, patch_size=PATCH, width=128, layers=4)
-VIT_TRAINING = dict(steps=1000, batch_size=128, lr=1e-3)
+VIT_TRAINING = dict(steps=1000, batch_size=128, lr=1.5e-3)
 
 
 def train_tokenizer(path: Path):
@@ -585,41 +656,46 @@ def padded_attention(cu_seqlens, n_layers: int, prefix=None) -> list:
     return [lambda *qkv, layer=layer: attend(layer, *qkv) for layer in range(n_layers)]
 
 
-def train_llama(sp, steps: int, batch_size: int, lr: float):
-    """A LLaMA from noise, by the loss over green tokens on text alone; no picture and no feature of one comes in."""
+def new_llama() -> LLaMA:
     torch.manual_seed(SEED)
-    dice = random.Random(f"llama {SEED}")
     llama = LLaMA(LLaMAConfig(**LLAMA_SHAPE))
     for name, p in llama.named_parameters():
         if p.dim() == 2:
             last = name.endswith(("wo.weight", "w2.weight"))
-            torch.nn.init.normal_(p, std=0.3 if "embeddings" in name else p.shape[1] ** -0.5 * (0.35 if last else 1))
+            nn.init.normal_(p, std=0.3 if "embeddings" in name else p.shape[1] ** -0.5 * (0.35 if last else 1))
+    return llama
+
+
+def train_llama(llama: LLaMA, sp, dice: random.Random, steps: int, batch_size: int, lr: float, chords: float):
+    """Trains by the loss over green tokens on text alone: no picture comes in, and no feature of one.
+
+    chords: the share of scenes that are told in chords instead of words.
+    """
     matrices, gains = ([p for p in llama.parameters() if (p.dim() == 2) == is_matrix] for is_matrix in (True, False))
     groups = [dict(params=matrices, weight_decay=0.05), dict(params=gains, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    system, n_layers = torch.tensor(system_ids(sp)), LLAMA_SHAPE["n_layers"]
+    system, n_layers = torch.tensor(system_ids(sp)), len(llama.layers)
+    S = len(system)
     bar, mean = trange(steps, desc="LLaMA", mininterval=2), None
     for step in bar:
-        samples = [spell(sp, *told(dice), dice) for _ in range(batch_size)]
-        ids = torch.cat([torch.from_numpy(ids[len(system) :]) for ids, _ in samples])  # (N,)
-        green = torch.cat([torch.from_numpy(green[len(system) :]) for _, green in samples])
-        cu_seqlens = torch.tensor([0] + [len(ids) - len(system) for ids, _ in samples]).cumsum(0).int()
+        samples = [spell(sp, *told(dice), dice, dice.random() < chords) for _ in range(batch_size)]
+        ids, loudness, green = (torch.from_numpy(np.concatenate([part[S:] for part in parts])) for parts in zip(*samples))
+        cu_seqlens = torch.tensor([0] + [len(ids) - S for ids, _, _ in samples]).cumsum(0).int()
         with torch.autocast("cpu", torch.bfloat16):
             prefix = []  # keys and values of the system message: the same for all samples, so computed once
-            one = torch.tensor([0, len(system)], dtype=torch.int32)
+            one = torch.tensor([0, S], dtype=torch.int32)
             llama(llama.tok_embeddings(system), positions(one), flat_attention(n_layers, one, keep=prefix))
-            attend = padded_attention(cu_seqlens, n_layers, prefix)
-            x = llama(llama.tok_embeddings(ids), positions(cu_seqlens, len(system)), attend)
+            x = (llama.tok_embeddings(ids) * loudness[..., None]).sum(1)  # (N, dim)
+            x = llama(x, positions(cu_seqlens, S), padded_attention(cu_seqlens, n_layers, prefix))
             is_target = green.nonzero().squeeze(1)
-            loss = F.cross_entropy(llama.logits(x[is_target - 1]).float(), ids[is_target])
+            loss = F.cross_entropy(llama.logits(x[is_target - 1]).float(), ids[is_target, 0])
         rate = schedule(optimizer, step, steps, lr)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
         optimizer.step()
         mean = loss.item() if mean is None else 0.95 * mean + 0.05 * loss.item()
         bar.set_postfix(loss=f"{mean:.3f}", lr=f"{rate:.1e}", refresh=False)
-    return llama
 
 
 def neighbours(scene: Scene, n: int, dice: random.Random) -> list[Scene]:
@@ -637,9 +713,9 @@ def neighbours(scene: Scene, n: int, dice: random.Random) -> list[Scene]:
 def train_vit(sp, steps: int, batch_size: int, lr: float):
     """A ViT from noise by contrast of pictures and captions. The text encoder is thrown away.
 
-    Two losses: CLIP's, between the class token and the caption, and FILIP's, between the patches of layer -2 and the
-    caption's words (a word is as near to a picture as to its nearest patch). The first alone leaves it open whether
-    a patch tells what it shows. Batches are made of families of eight scenes that differ in one attribute.
+    Two losses: CLIP's, between the class token and the caption, and one after FILIP's, between the patches of layer -2
+    and the caption's phrases (a phrase is as near to a picture as to the four patches nearest to it, as many as a thing
+    covers). The first alone leaves it open whether a patch tells what it shows. Batches are made of families of eight scenes that differ in one attribute.
     Returns the state dict under OpenAI's names, ln_post and proj included.
     """
     torch.manual_seed(SEED)
@@ -657,31 +733,34 @@ def train_vit(sp, steps: int, batch_size: int, lr: float):
             nn.init.zeros_(p)
     text = LLaMA(LLaMAConfig(**LLAMA_SHAPE | dict(n_layers=2)))
     nn.init.normal_(text.tok_embeddings.weight, std=0.3)
-    heads = nn.ModuleDict({name: nn.Linear(width, width, bias=False) for name in ("patch", "word")})
+    heads = nn.ModuleDict({name: nn.Linear(width, width, bias=False) for name in ("patch", "phrase")})
     scales = nn.Parameter(torch.tensor([2.3, 2.3]))  # logarithms, as in CLIP
     parameters = [*vit.parameters(), *text.parameters(), *heads.parameters(), scales]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.05)
     outputs = []  # of the last two blocks, class token first
     for block in vit.transformer.resblocks[-2:]:
         block.register_forward_hook(lambda block, x, y: outputs.append(y))
+    marks = [sp.encode("top" + mark)[1] for mark in (",", " and", ".")]  # what follows a phrase
     bar, mean = trange(steps, desc="ViT", mininterval=2), None
     for step in bar:
         counts = (1,) if step < 0.1 * steps else (1, 2, 2, 3, 3)
         scenes = [s for _ in range(batch_size // 8) for s in neighbours(draw_scene(dice, counts=counts), 8, dice)]
         pixels = torch.from_numpy(np.stack([np.asarray(draw_picture(s, dice)) for s in scenes])).permute(0, 3, 1, 2)
         captions = [sp.encode(caption(s, dice)) for s in scenes]
+        ends = torch.tensor([follower in marks for ids in captions for follower in ids[1:] + [0]])  # of phrases
         cu_seqlens = torch.tensor([0] + [len(ids) for ids in captions]).cumsum(0).int()
         with torch.autocast("cpu", torch.bfloat16):
             vit(normalize(pixels))
             last, patches = outputs.pop()[:, 0], outputs.pop()[:, 1:]  # (B, D), (B, P, D)
             x = text.tok_embeddings(torch.tensor(sum(captions, [])))
             x = text.norm(text(x, positions(cu_seqlens), padded_attention(cu_seqlens, len(text.layers))))  # (N, D)
-            whole = F.normalize(vit.ln_post(last) @ vit.proj, dim=-1) @ F.normalize(x[cu_seqlens[1:].long() - 1], dim=-1).T
-            patches, words = F.normalize(heads["patch"](patches), dim=-1), F.normalize(heads["word"](x), dim=-1)
-            nearest = (words @ patches.flatten(0, 1).T).unflatten(1, (len(scenes), -1)).amax(-1)  # (N, B)
-        parts = torch.stack([n.float().mean(0) for n in nearest.split([len(ids) for ids in captions])], 1)  # (B, B)
+            u, v = F.normalize(vit.ln_post(last) @ vit.proj, dim=-1), F.normalize(x[cu_seqlens[1:].long() - 1], dim=-1)
+            patches, phrases = F.normalize(heads["patch"](patches), dim=-1), F.normalize(heads["phrase"](x[ends]), dim=-1)
+            near = (phrases @ patches.flatten(0, 1).T).unflatten(1, (len(scenes), -1)).topk(4).values.mean(-1)  # (n, B)
+        whole = (u @ v.T).float()  # (B, B)
+        parts = torch.stack([n.float().mean(0) for n in near.split([len(s) for s in scenes])], 1)  # (B, B)
         pairs, loss = torch.arange(len(scenes)), 0
-        for similar, scale in zip((whole.float(), parts), scales.exp().clamp(max=100)):
+        for similar, scale in zip((whole, parts), scales.exp().clamp(max=100)):
             loss = loss + (F.cross_entropy(scale * similar, pairs) + F.cross_entropy(scale * similar.T, pairs)) / 4
         rate = schedule(optimizer, step, steps, lr)
         optimizer.zero_grad()
@@ -724,7 +803,9 @@ def build(folder: Path):
     llama_folder, vision = folder / LLAMA.name, folder / VISION.name
     llama_folder.mkdir(parents=True, exist_ok=True)
     sp = train_tokenizer(llama_folder / "tokenizer.model")
-    llama = train_llama(sp, **LLAMA_TRAINING)
+    llama, dice = new_llama(), random.Random(f"llama {SEED}")
+    for phase in LLAMA_TRAINING:
+        train_llama(llama, sp, dice, **phase)
     weights = {name: p.half() for name, p in llama.state_dict().items()}
     torch.save(weights, llama_folder / "consolidated.00.pth")
     shape = {k: LLAMA_SHAPE[k] for k in ("dim", "n_layers", "n_heads", "vocab_size", "norm_eps")} | dict(multiple_of=32)

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 import checkpoint
 import demo
-from conversation import IMAGE, TEMPLATE, UserError, system_ids
-from data import REQUESTS, SCIENCEQA_PROMPT, Encoder, Example, Examples, Pictures, ScienceQA, Steps, ask
+from conversation import TEMPLATE, UserError, system_ids
+from data import SCIENCEQA_PROMPT, Encoder, Example, Examples, Pictures, ScienceQA, Steps, ask
 from vision import FEATURE_LAYER, PREPROCESSING
 
 PAPER = {  # section 4.2: what each run of the paper uses
@@ -134,6 +134,11 @@ def start_processes() -> tuple[int, int, torch.device]:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # One core is left to the workers and to what else runs: when threads outnumber the free cores, PyTorch's wait
+        # for each other at every operation, and all becomes many times slower than with a thread less.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
@@ -215,11 +220,10 @@ def keep_metrics(path: Path, step: int):
     path.write_text("".join(kept))
 
 
-def caption_held_out(model, encode: Encoder, prefix, shift: int = 0) -> list[str]:
-    """The model's captions for the demo's held-out scenes; each is shown the picture of the one `shift` further on."""
-    images = [held_out.image.name for held_out in demo.heldout(demo.FOLDER)]
-    prompts = [Example(image, [f"{IMAGE}\n{REQUESTS[0]}"], image) for image in images[shift:] + images[:shift]]
-    return ask(model, encode, prompts, prefix, max_new_tokens=48)
+def sit_exam(name: str, model, encode: Encoder, prefix, shift: int = 0) -> list[str]:
+    """The model's answers to what the demo asks about its held-out scenes."""
+    prompts = [Example(image, [text], image) for text, image in demo.exam(name, shift)]
+    return ask(model, encode, prompts, prefix, max_new_tokens=64)
 
 
 def start_model(a, dtype: torch.dtype):
@@ -296,8 +300,9 @@ def train(a, rank: int, world: int, device: torch.device):
                   feature_layer=FEATURE_LAYER, preprocessing=PREPROCESSING, torch=torch.__version__)  # fmt: skip
     config |= origin
     state = open_run(a, config, rank)
-    if a.demo and rank == 0 and a.stage == 1:
-        before = caption_held_out(model, encode, prefix)
+    examined = a.demo and rank == 0 and a.name != "scienceqa"  # which eval_scienceqa.py does
+    if examined:
+        before = sit_exam(a.name, model, encode, read_prefix())
 
     optimizer = torch.optim.AdamW(trained, lr=a.lr, weight_decay=0.0, fused=device.type == "cuda")
     start = 0
@@ -318,7 +323,7 @@ def train(a, rank: int, world: int, device: torch.device):
             if for_use:
                 checkpoint.save_run(a.out, model, config, tokenizer, a.stage)
 
-    runner = DistributedDataParallel(model, broadcast_buffers=False) if dist.is_initialized() else model
+    runner = DistributedDataParallel(model) if dist.is_initialized() else model
     loader = DataLoader(steps, batch_size=None, sampler=range(start, total), num_workers=a.workers,
                         worker_init_fn=leave_signals_to_parent)  # fmt: skip
     interrupt, cut_samples, began = Interrupt(), 0, time.time()
@@ -376,9 +381,10 @@ def train(a, rank: int, world: int, device: torch.device):
         say(f"stopped after step {t} of {total}; the same command goes on from there ({a.out})")
         raise SystemExit(128 + signal.SIGINT)
     say(f"{a.out}: stage {a.stage} is done, {total} steps")
-    if a.demo and rank == 0 and a.stage == 1:
-        after, swapped = (caption_held_out(model, encode, prefix, shift) for shift in (0, 1))
-        say("\n" + demo.caption_report(before, after, swapped, demo.heldout(demo.FOLDER)))
+    if examined:
+        after, swapped = (sit_exam(a.name, model, encode, read_prefix(), shift) for shift in (0, 1))
+        checkpoint.write_json(a.out / "exam.json", dict(name=a.name, before=before, after=after, swapped=swapped))
+        say("\n" + demo.report(a.out))
 
 
 def main():
