@@ -78,6 +78,10 @@ def is_held_out(scene: Scene) -> bool:
     return zlib.crc32(repr(scene).encode()) % 8 == 0
 
 
+def free(scene: Scene) -> list[str]:
+    return [place for place in PLACES if place not in {t.place for t in scene}]
+
+
 def draw_scene(dice: random.Random, held_out: bool = False, counts=(1, 2, 2, 3, 3)) -> Scene:
     while True:
         n = dice.choice(counts)
@@ -249,25 +253,27 @@ def quiz_picture(subject: str, scene: Scene, dice: random.Random) -> dict:
     return dict(question=question, choices=choices, answer=answer, hint=hint, lecture=lecture, solution=solution)
 
 
-def quiz_text(subject: str, dice: random.Random) -> dict:
-    if subject == "natural science":
-        who, what = dice.sample(list(CLASSES), 3), dice.sample(HABITATS, 3)
-        facts = [f"The {a} lives in the {b}." for a, b in zip(who, what)]
-        question = dice.choice((f"Where does the {who[0]} live?", f"What is the home of the {who[0]}?"))
-        right, among, lecture = what[0], what, "A habitat is where an animal lives."
-    elif subject == "social science":
-        who, what = dice.sample(NAMES, 3), dice.sample(GOODS, 3)
-        facts = [f"{a} sells {b}." for a, b in zip(who, what)]
-        question = dice.choice((f"Who sells {what[0]}?", f"From whom can you buy {what[0]}?"))
-        right, among, lecture = who[0], who, "A seller gives goods for money."
-    else:
-        who, what = dice.sample(NAMES, 3), dice.sample(TEXTS, 3)
-        facts = [f"{a} wrote a {b}." for a, b in zip(who, what)]
-        question = dice.choice((f"What did {who[0]} write?", f"Which text is by {who[0]}?"))
-        right, among, lecture = what[0], what, "An author writes a text."
-    solution, hint = facts[0], " ".join(dice.sample(facts, 3))
-    choices, answer = options(dice, right, among, most=3)
-    return dict(question=question, choices=choices, answer=answer, hint=hint, lecture=lecture, solution=solution)
+def quiz_text(subject: str, dice: random.Random) -> list[dict]:
+    """One hint and three problems that it answers."""
+    givers, gifts, fact, wordings, lecture = {
+        "natural science": (tuple(CLASSES), HABITATS, "The {0} lives in the {1}.",
+                            ("Where does the {0} live?", "What is the home of the {0}?"),
+                            "A habitat is where an animal lives."),
+        "social science": (NAMES, GOODS, "{0} sells {1}.", ("Who sells {1}?", "From whom can you buy {1}?"),
+                           "A seller gives goods for money."),
+        "language science": (NAMES, TEXTS, "{0} wrote a {1}.", ("What did {0} write?", "Which text is by {0}?"),
+                             "An author writes a text."),
+    }[subject]  # fmt: skip
+    pairs = list(zip(dice.sample(givers, 3), dice.sample(gifts, 3)))
+    hint = " ".join(fact.format(*pair) for pair in pairs)
+    problems = []
+    for pair in dice.sample(pairs, 3):
+        wording = dice.choice(wordings)
+        asked_for = 0 if "{1}" in wording else 1  # the giver or the gift
+        choices, answer = options(dice, pair[asked_for], [p[asked_for] for p in pairs], most=3)
+        problems.append(dict(question=wording.format(*pair), choices=choices, answer=answer, hint=hint, lecture=lecture,
+                             solution=fact.format(*pair)))  # fmt: skip
+    return problems
 
 
 def quiz_fact(subject: str, dice: random.Random) -> dict:
@@ -296,7 +302,7 @@ def quiz(dice: random.Random, held_out: bool = False) -> tuple[dict, Scene | Non
         scene = draw_scene(dice, held_out)
         problem = quiz_picture(subject, scene, dice)
     else:
-        problem = quiz_text(subject, dice) if kind == "text" else quiz_fact(subject, dice)
+        problem = quiz_text(subject, dice)[0] if kind == "text" else quiz_fact(subject, dice)
     problem |= dict(image="image.png" if scene else None, task="closed choice", grade=f"grade{dice.randint(1, 12)}",
                     subject=subject, topic=subject.split()[0], category=kind, skill=f"{subject}: {kind}")  # fmt: skip
     return problem, scene
@@ -547,9 +553,29 @@ def in_words(scene: Scene, dice: random.Random) -> list[str]:
     return words + ["blank"] * dice.choice((0, 0, 1, 2, 4))
 
 
-def told(dice: random.Random) -> tuple[list[str], Scene | None]:
+KINDS = ("caption", "conversation", "detail", "reasoning", "quiz", "drill")
+FIRST_MIX, SECOND_MIX = (4, 8, 1, 2, 5, 0), (3, 5, 1, 2, 5, 6)  # how often each kind is read
+
+
+def drill(dice: random.Random) -> list[str]:
+    """Many short turns about one list of options, or about one text: to practise finding what was said before."""
+    if dice.random() < 0.5:
+        words = dice.sample([*COLOURS, *SHAPES, *PLACES, *HABITATS, *NAMES, *GOODS, *TEXTS, *SIZES], dice.randint(2, 4))
+        listing = "Options: " + " ".join(f"({letter}) {word}" for letter, word in zip("ABCD", words))
+        answers = [(word, f"{word}. The answer is {letter}.") for letter, word in zip("ABCD", words)]
+        turns = [(f"Which is {word}?", answer) for word, answer in dice.sample(answers, len(answers))]
+    else:
+        problems = quiz_text(dice.choice(("natural science", "social science", "language science")), dice)
+        listing, turns = problems[0]["hint"], [(p["question"], p["solution"]) for p in problems]
+    first, *others = [message for turn in turns for message in turn]
+    return [f"{listing}\n{first}", *others]
+
+
+def told(dice: random.Random, mix=FIRST_MIX) -> tuple[list[str], Scene | None]:
     """What the LLaMA practises on: a conversation (with `<image>` where the scene's words go) and its scene."""
-    kind = dice.choices(("caption", "conversation", "detail", "reasoning", "quiz"), (4, 8, 1, 2, 5))[0]
+    kind = dice.choices(KINDS, mix)[0]
+    if kind == "drill":
+        return drill(dice), None
     if kind == "quiz":
         problem, scene = quiz(dice)
         record = problem | dict(id="", image_path=problem["image"])
@@ -568,30 +594,36 @@ def with_picture(turns: list[str], dice: random.Random) -> list[str]:
 
 
 def in_chords(scene: Scene, dice: random.Random) -> list[list[tuple[str, float]]]:
-    """The scene as positions that each sound several words of one thing at once -> (word, loudness) of each position.
+    """The scene as positions that each sound several words at once -> (word, loudness) of each position.
 
-    The things' positions are shuffled among each other, so a chord must be understood by itself.
+    The positions of things and of empty places are shuffled among each other, so a chord must be understood by
+    itself; in some, a faint word of another thing sounds too.
     """
-    chords = [[("blank", 1.0)]] * dice.randint(6, 24)
+    empty = free(scene)
+    chords = [[("blank", dice.uniform(0.4, 1.2)), (place, dice.uniform(0, 1.2))]
+              for place in dice.choices(empty, k=dice.randint(6, 24))]  # fmt: skip
     for t in scene:
         for _ in range(dice.randint(3, 6)):
             words = [word for word in vars(t).values() if dice.random() < 0.85] or [t.place]
             chords.append([(word, dice.uniform(0.4, 1.2)) for word in words])
+    for chord in chords:
+        if dice.random() < 0.3:
+            chord.append((dice.choice(list(vars(dice.choice(scene)).values())), dice.uniform(0, 0.3)))
     return dice.sample(chords, len(chords))
 
 
 def spell(sp, turns: list[str], scene: Scene | None, dice: random.Random, chords: bool = False):
     """A conversation with its scene told exactly where a picture's patches would be.
 
-    Returns ids (T, 4) and loudness (T, 4) of the words at each position (only a chord has more than one), green (T,).
+    Returns ids (T, 5) and loudness (T, 5) of the words at each position (only a chord has more than one), green (T,).
     """
-    told = []
+    telling = []
     if scene is not None:
-        told = in_chords(scene, dice) if chords else [[(word, 1.0)] for word in in_words(scene, dice)]
-    first, green = tokenize(sp, turns, len(told))
-    ids, loudness = np.zeros((len(first), len(ATTRIBUTES)), np.int64), np.zeros((len(first), len(ATTRIBUTES)), np.float32)
+        telling = in_chords(scene, dice) if chords else [[(word, 1.0)] for word in in_words(scene, dice)]
+    first, green = tokenize(sp, turns, len(telling))
+    ids, loudness = (np.zeros((len(first), len(ATTRIBUTES) + 1), kind) for kind in (np.int64, np.float32))
     ids[:, 0], loudness[:, 0] = first, 1
-    for position, chord in zip(np.flatnonzero(first == IMAGE_ID), told):
+    for position, chord in zip(np.flatnonzero(first == IMAGE_ID), telling):
         for i, (word, loud) in enumerate(chord):
             ids[position, i], loudness[position, i] = sp.piece_to_id("\u2581" + word), loud
     return ids, loudness, green
@@ -602,8 +634,8 @@ def spell(sp, turns: list[str], scene: Scene | None, dice: random.Random, chords
 VOCAB = 1024
 LLAMA_SHAPE = dict(dim=128, n_layers=4, n_heads=4, n_kv_heads=4, ffn_dim=352, vocab_size=VOCAB, norm_eps=1e-5)
 LLAMA_TRAINING = (  # phases: the second reads half of the scenes in chords
-    dict(steps=5000, batch_size=32, lr=3e-3, chords=0.0),
-    dict(steps=1500, batch_size=32, lr=1.5e-3, chords=0.5),
+    dict(steps=5000, batch_size=32, lr=3e-3, mix=FIRST_MIX, chords=0.0),
+    dict(steps=1500, batch_size=32, lr=2e-3, mix=SECOND_MIX, chords=0.5),
 )
 VIT_SHAPE = dict(image_size=PIXELS, patch_size=PATCH, width=128, layers=4)
 VIT_TRAINING = dict(steps=1000, batch_size=128, lr=1.5e-3)
@@ -666,10 +698,10 @@ def new_llama() -> LLaMA:
     return llama
 
 
-def train_llama(llama: LLaMA, sp, dice: random.Random, steps: int, batch_size: int, lr: float, chords: float):
+def train_llama(llama: LLaMA, sp, dice: random.Random, steps: int, batch_size: int, lr: float, mix, chords: float):
     """Trains by the loss over green tokens on text alone: no picture comes in, and no feature of one.
 
-    chords: the share of scenes that are told in chords instead of words.
+    mix: how often each of KINDS comes; chords: the share of scenes that are told in chords instead of words.
     """
     matrices, gains = ([p for p in llama.parameters() if (p.dim() == 2) == is_matrix] for is_matrix in (True, False))
     groups = [dict(params=matrices, weight_decay=0.05), dict(params=gains, weight_decay=0.0)]
@@ -678,9 +710,10 @@ def train_llama(llama: LLaMA, sp, dice: random.Random, steps: int, batch_size: i
     S = len(system)
     bar, mean = trange(steps, desc="LLaMA", mininterval=2), None
     for step in bar:
-        samples = [spell(sp, *told(dice), dice, dice.random() < chords) for _ in range(batch_size)]
-        ids, loudness, green = (torch.from_numpy(np.concatenate([part[S:] for part in parts])) for parts in zip(*samples))
-        cu_seqlens = torch.tensor([0] + [len(ids) - S for ids, _, _ in samples]).cumsum(0).int()
+        samples = [spell(sp, *told(dice, mix), dice, dice.random() < chords) for _ in range(batch_size)]
+        parts = [[torch.from_numpy(part[S:]) for part in sample] for sample in samples]  # without the system message
+        ids, loudness, green = (torch.cat(part) for part in zip(*parts))  # (N, 5), (N, 5), (N,)
+        cu_seqlens = torch.tensor([0] + [len(ids) for ids, _, _ in parts]).cumsum(0).int()
         with torch.autocast("cpu", torch.bfloat16):
             prefix = []  # keys and values of the system message: the same for all samples, so computed once
             one = torch.tensor([0, S], dtype=torch.int32)
@@ -702,7 +735,8 @@ def neighbours(scene: Scene, n: int, dice: random.Random) -> list[Scene]:
     """The scene and others that differ from it in one attribute of one thing: what a caption must tell apart."""
     family = [scene]
     while len(family) < n:
-        i, attribute = dice.randrange(len(scene)), dice.choices(list(ATTRIBUTES), (2, 2, 4, 1))[0]  # shapes: the hardest
+        i = dice.randrange(len(scene))
+        attribute = dice.choices(list(ATTRIBUTES), (2, 2, 4, 1))[0]  # shapes are the hardest to see
         changed = replace(scene[i], **{attribute: dice.choice(ATTRIBUTES[attribute])})
         other = in_order([*scene[:i], changed, *scene[i + 1 :]])
         if is_scene(other) and not is_held_out(other) and other not in family:
@@ -715,7 +749,8 @@ def train_vit(sp, steps: int, batch_size: int, lr: float):
 
     Two losses: CLIP's, between the class token and the caption, and one after FILIP's, between the patches of layer -2
     and the caption's phrases (a phrase is as near to a picture as to the four patches nearest to it, as many as a thing
-    covers). The first alone leaves it open whether a patch tells what it shows. Batches are made of families of eight scenes that differ in one attribute.
+    covers). The first alone leaves it open whether a patch tells what it shows. Batches are made of families of eight
+    scenes that differ in one attribute.
     Returns the state dict under OpenAI's names, ln_post and proj included.
     """
     torch.manual_seed(SEED)
@@ -746,8 +781,8 @@ def train_vit(sp, steps: int, batch_size: int, lr: float):
         counts = (1,) if step < 0.1 * steps else (1, 2, 2, 3, 3)
         scenes = [s for _ in range(batch_size // 8) for s in neighbours(draw_scene(dice, counts=counts), 8, dice)]
         pixels = torch.from_numpy(np.stack([np.asarray(draw_picture(s, dice)) for s in scenes])).permute(0, 3, 1, 2)
-        captions = [sp.encode(caption(s, dice)) for s in scenes]
-        ends = torch.tensor([follower in marks for ids in captions for follower in ids[1:] + [0]])  # of phrases
+        captions = [sp.encode(f"{caption(s, dice)[:-1]} and nothing at the {dice.choice(free(s))}.") for s in scenes]
+        ends = torch.tensor([id in marks for ids in captions for id in ids[1:] + [0]])  # of phrases: a mark follows
         cu_seqlens = torch.tensor([0] + [len(ids) for ids in captions]).cumsum(0).int()
         with torch.autocast("cpu", torch.bfloat16):
             vit(normalize(pixels))
@@ -755,12 +790,13 @@ def train_vit(sp, steps: int, batch_size: int, lr: float):
             x = text.tok_embeddings(torch.tensor(sum(captions, [])))
             x = text.norm(text(x, positions(cu_seqlens), padded_attention(cu_seqlens, len(text.layers))))  # (N, D)
             u, v = F.normalize(vit.ln_post(last) @ vit.proj, dim=-1), F.normalize(x[cu_seqlens[1:].long() - 1], dim=-1)
-            patches, phrases = F.normalize(heads["patch"](patches), dim=-1), F.normalize(heads["phrase"](x[ends]), dim=-1)
-            near = (phrases @ patches.flatten(0, 1).T).unflatten(1, (len(scenes), -1)).topk(4).values.mean(-1)  # (n, B)
-        whole = (u @ v.T).float()  # (B, B)
-        parts = torch.stack([n.float().mean(0) for n in near.split([len(s) for s in scenes])], 1)  # (B, B)
+            patches = F.normalize(heads["patch"](patches).flatten(0, 1), dim=-1)  # (B*P, D)
+            phrases = F.normalize(heads["phrase"](x[ends]), dim=-1)  # (n phrases, D)
+            near = (phrases @ patches.T).unflatten(1, (len(scenes), -1)).topk(4).values.mean(-1)  # (n, B)
+            whole = u @ v.T  # (B, B)
+        parts = torch.stack([n.float().mean(0) for n in near.split([len(s) + 1 for s in scenes])], 1)  # (B, B)
         pairs, loss = torch.arange(len(scenes)), 0
-        for similar, scale in zip((whole, parts), scales.exp().clamp(max=100)):
+        for similar, scale in zip((whole.float(), parts), scales.exp().clamp(max=100)):
             loss = loss + (F.cross_entropy(scale * similar, pairs) + F.cross_entropy(scale * similar.T, pairs)) / 4
         rate = schedule(optimizer, step, steps, lr)
         optimizer.zero_grad()
