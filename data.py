@@ -37,6 +37,7 @@ REQUESTS = (  # the naive expansion of a caption asks one of these at random
     "Name what the picture shows, without detail.",
 )
 OFTEN = 0.005  # a request for a description is shared by this part of the samples; a reasoning question is not
+MAX_BYTES = 2**28  # of an encoded picture: beyond, it is taken for a bomb
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SCIENCEQA_PROMPT = "QCM-LEA"  # question, context, options -> lecture, explanation, answer; recorded with the run
 
@@ -103,12 +104,17 @@ def scienceqa_question(record: dict) -> str:
     return text + (f"\n{IMAGE}" if record["image_path"] else "")
 
 
+def readable(name: str) -> str:
+    """A name from a file, for a message: not long, and no character of it acts on the terminal."""
+    return repr(name)[1:-1][:80]
+
+
 def check_inside(name):
     """A picture's path is data from outside: it must not lead out of its folder."""
     if not isinstance(name, str) or not name or "\0" in name:
-        raise ValueError(f"its image {name!r} is not a path")
+        raise ValueError(f"its image {name!r:.80} is not a path")
     if "\\" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise ValueError(f"its image {name!r} leads out of the picture folder")
+        raise ValueError(f"its image {name!r:.80} leads out of the picture folder")
 
 
 # --- files of records
@@ -125,7 +131,7 @@ class Records:
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text (byte {error.start}); expected JSON") from None
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+            raise UserError(f"{path}: cannot be read ({error.strerror}); is the path right?") from None
         # Latin-1 makes one character of each byte, so that the decoder's positions are offsets into the file.
         text = raw.decode("latin-1")
         del raw
@@ -163,7 +169,8 @@ class Records:
             ) from None
         except (ValueError, RecursionError) as error:
             name = record.get("id", record.get("image", "")) if isinstance(record, dict) else ""
-            raise UserError(f"{path}: sample {len(spans)}{f' (id {name})' if name else ''}: {error}") from None
+            name = f" (id {readable(str(name).encode('latin-1', 'replace').decode(errors='replace'))})" if name else ""
+            raise UserError(f"{path}: sample {len(spans)}{name}: {str(error)[:300]}; mend or remove it") from None
         if not spans:
             raise UserError(f"{path}: holds no samples")
         self.spans = np.array(spans, dtype=np.int64)  # (n, 2) bytes from, to
@@ -202,6 +209,9 @@ class ScienceQA:
     kind = f"ScienceQA, {SCIENCEQA_PROMPT}"
 
     def __init__(self, folder: Path, split: str = "train", missing_pictures_as_text: bool = False):
+        if not (folder / "problems.json").is_file():
+            raise UserError(f"{folder}: a folder without problems.json, so not ScienceQA's; for conversations or "
+                            "captions give their JSON file")  # fmt: skip
         problems, splits = (read_json(folder / name, dict) for name in ("problems.json", "pid_splits.json"))
         if not isinstance(splits.get(split), list):
             raise UserError(f"{folder / 'pid_splits.json'}: has no split {split!r}; it has {', '.join(splits)}")
@@ -321,12 +331,15 @@ class Pictures:
         check_inside(name)
         try:
             if self.path.is_dir():
-                return (self.path / name).read_bytes()
-            if self.zip is None:
-                self.zip = zipfile.ZipFile(self.path)
-            return self.zip.read(name)
-        except (KeyError, OSError, RuntimeError, zipfile.BadZipFile, NotImplementedError) as error:
-            reason = "it is not there" if isinstance(error, (KeyError, FileNotFoundError)) else str(error)
+                size, read = (self.path / name).stat().st_size, (self.path / name).read_bytes
+            else:
+                self.zip = self.zip or zipfile.ZipFile(self.path)
+                size, read = self.zip.getinfo(name).file_size, lambda: self.zip.read(name)
+            if size > MAX_BYTES:
+                raise OSError(f"{size} bytes are over the limit of {MAX_BYTES}")
+            return read()
+        except (KeyError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+            reason = "it is not there" if isinstance(error, (KeyError, FileNotFoundError)) else str(error)[:200]
             raise ValueError(f"cannot be read from {self.path}: {reason}") from None
 
 
@@ -376,7 +389,7 @@ class Encoder:
                     raise ValueError("give its folder or zip as --images")
                 pixels = preprocess(open_picture(self.pictures.read(example.image)), self.image_size)
             except ValueError as error:
-                raise ValueError(f"sample {example.id}: picture {example.image}: {error}") from None
+                raise ValueError(f"sample {readable(example.id)}: picture {readable(example.image)}: {error}") from None
         assert ids[: len(self.prefix)].tolist() == self.prefix, "every sample starts with the system message"
         return ids[len(self.prefix) :], green[len(self.prefix) :], pixels, cut
 

@@ -16,7 +16,8 @@ import os
 import shutil
 import signal
 import time
-from contextlib import nullcontext
+import traceback
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ PAPER = {  # section 4.2: what each run of the paper uses
     "scienceqa": dict(epochs=12, batch_size=32, lr=2e-5, sampling="proportional"),
 }
 MAX_GRAD_NORM = 1.0
-MAY_CHANGE = {"workers", "log_every", "save_every", "micro_batch_tokens"}  # on resuming; all else must be as it was
+MAY_CHANGE = {"workers", "log_every", "save_every", "micro_batch_tokens", "images", "max_length"}  # on resuming
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> float:
@@ -54,7 +55,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     add = parser.add_argument_group("what is trained").add_argument
     add("--stage", type=int, choices=(1, 2), required=True, help="1: W alone; 2: W and the LLaMA")
-    add("--task", choices=("chat", "scienceqa"), default="chat", help="of stage 2")
+    add("--task", choices=("chat", "scienceqa"), help="of stage 2 (default: chat)")
     add = parser.add_argument_group("inputs (none of them: the demo)").add_argument
     add("--llama", metavar="DIR", help="LLaMA or Vicuna: Meta's raw folder, a Hugging Face folder, a run of stage 2")
     add("--vision", metavar="PATH", help="CLIP: OpenAI's ViT-L-14.pt or a Hugging Face folder")
@@ -88,7 +89,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--workers", type=int, default=2, help="processes that decode pictures; 0 = the main process does")
     a = parser.parse_args(argv)
 
-    a.name = "stage1" if a.stage == 1 else a.task
+    if a.stage == 1 and a.task:
+        raise UserError(f"--task {a.task}: is of stage 2; stage 1 has one task, captions")
+    a.name = "stage1" if a.stage == 1 else a.task or "chat"
     a.out = Path(a.out or f"runs/{a.name}")
     a.demo = not (a.llama or a.vision or a.data)
     if a.demo and (a.images or a.projector):
@@ -113,8 +116,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         if getattr(a, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be 1 or more")
     for name in ("save_every", "workers", "lr", "seed"):
-        if getattr(a, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must not be negative")
+        if not 0 <= getattr(a, name) < 2**63:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be a number, 0 or more")
     if a.max_steps is not None and a.max_steps < 1:
         raise UserError(f"--max-steps {a.max_steps}: must be 1 or more")
     if not 0 <= a.warmup_ratio <= 1:
@@ -177,22 +180,35 @@ class Interrupt:
 
 
 def leave_signals_to_parent(worker: int):
-    """In a process that decodes pictures: the process that trains decides when it ends."""
+    """In a process that decodes pictures: it ends when the process that trains does, which may have to save first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # --- the run
 
 
+def settings_of(a) -> dict:
+    """Every flag as JSON keeps it; paths are absolute, so that another way to write one is no other setting."""
+    settings = {k: v for k, v in vars(a).items() if k not in ("resume", "out")}
+    for name in ("llama", "vision", "projector", "init_from", "images"):
+        settings[name] = settings[name] and str(Path(settings[name]).resolve())
+    return settings | {"data": [str(Path(path).resolve()) for path in a.data]}
+
+
 def open_run(a, config: dict, rank: int) -> dict | None:
     """Begins the run directory, or re-enters it: then returns the state to go on from.
 
-    A directory begun with other settings is refused, so that no run goes on as something that it is not.
+    A directory begun with other settings is refused, so that no run goes on as something that it is not; and so is one
+    that holds anything else, or a finished run that would be lost.
     """
-    path = a.out / "config.json"
-    if a.resume and path.is_file():
-        state, begun = checkpoint.load_state(a.out), checkpoint.read_json(path).get("settings", {})
+    path, begun = a.out / "config.json", None
+    if a.out.is_dir() and any(not entry.name.startswith(".") for entry in a.out.iterdir()):
+        begun = checkpoint.read_json(path, dict).get("settings") if path.is_file() else None
+        if not isinstance(begun, dict):
+            raise UserError(f"{a.out}: is there already and is no run of train.py; give another --out")
+    if a.resume and begun:
+        state = checkpoint.load_state(a.out)
         for name, now in config["settings"].items():
             if state and name not in MAY_CHANGE and begun.get(name) != now:
                 raise UserError(
@@ -201,22 +217,27 @@ def open_run(a, config: dict, rank: int) -> dict | None:
                 )
         if state:
             return state
+        if (a.out / "projector.pth").is_file():
+            raise UserError(f"{a.out}: holds a trained W but no state/ to go on from; give another --out, or "
+                            "--no-resume to train it anew")  # fmt: skip
     if rank == 0:
         try:
             a.out.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(a.out / "state", ignore_errors=True)
             (a.out / "projector.pth").unlink(missing_ok=True)  # the run is not usable until it has its own
+            checkpoint.write_json(path, config)
             (a.out / "metrics.jsonl").write_text("")
         except OSError as error:
             raise UserError(f"{a.out}: cannot be made a run directory ({error.strerror}); give another --out") from None
-        checkpoint.write_json(path, config)
     return None
 
 
 def keep_metrics(path: Path, step: int):
-    """Drops the lines of steps that are not in the state that the run goes on from."""
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    """Drops the lines of steps that are not in the state that the run goes on from, and what is no line of metrics."""
+    kept = []
+    for line in path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []:
+        with suppress(ValueError, KeyError, TypeError):
+            kept += [line] * (line.endswith("\n") and json.loads(line)["step"] <= step)
     path.write_text("".join(kept))
 
 
@@ -262,9 +283,11 @@ def train(a, rank: int, world: int, device: torch.device):
                         "--stage 2 --task scienceqa")  # fmt: skip
     if a.name == "scienceqa" and not a.images:
         a.images = a.data[0]
+    if not a.images and any(examples[int(first)].image for first in examples.starts[:-1]):
+        raise UserError("--images missing: the samples have pictures; give their folder or zip")
     say(f"data: {examples.describe()}")
 
-    precision = a.precision or ("bf16" if device.type == "cuda" else "fp32")
+    precision = a.precision = a.precision or ("bf16" if device.type == "cuda" else "fp32")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
     model, tokenizer, origin = start_model(a, dtype)
@@ -294,10 +317,9 @@ def train(a, rank: int, world: int, device: torch.device):
     steps = Steps(examples, encode, a.batch_size, a.seed, rank, world, a.micro_batch_tokens, a.sampling)
     total = min(a.epochs * steps.per_epoch, a.max_steps or math.inf)
 
-    settings = {k: v if isinstance(v, (int, float, type(None))) else str(v) for k, v in vars(a).items()}
-    settings = {k: v for k, v in settings.items() if k not in ("resume", "out")}
-    config = dict(settings=settings, stage=a.stage, template=TEMPLATE, prompt=SCIENCEQA_PROMPT, precision=precision,
-                  feature_layer=FEATURE_LAYER, preprocessing=PREPROCESSING, torch=torch.__version__)  # fmt: skip
+    config = dict(settings=settings_of(a) | {"samples": len(examples)}, stage=a.stage, template=TEMPLATE,
+                  prompt=SCIENCEQA_PROMPT, precision=precision, feature_layer=FEATURE_LAYER,
+                  preprocessing=PREPROCESSING, torch=torch.__version__)  # fmt: skip
     config |= origin
     state = open_run(a, config, rank)
     examined = a.demo and rank == 0 and a.name != "scienceqa"  # which eval_scienceqa.py does
@@ -308,8 +330,12 @@ def train(a, rank: int, world: int, device: torch.device):
     start = 0
     if state:
         start = state["step"]
-        model.load_state_dict(state["trained"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            model.load_state_dict(state["trained"], strict=False)
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{a.out}/state: is of another model ({checkpoint.reason(error)}); give back the one that "
+                            "the run was begun with, or --no-resume to begin anew") from None  # fmt: skip
         say(f"{a.out}: goes on after step {start} of {total}")
     if rank == 0:
         keep_metrics(a.out / "metrics.jsonl", start)
@@ -338,10 +364,10 @@ def train(a, rank: int, world: int, device: torch.device):
         green, tokens, cut, bad, asked = summed(*counts, device=device)
         if asked:
             break
-        if bad or not green:
+        if (bad or not green) and t > start:
             save(t)  # what has been learnt is not lost
         if bad:
-            raise UserError(f"step {t + 1}: " + "; ".join(gathered(step.errors)))
+            raise UserError(f"step {t + 1}: {'; '.join(gathered(step.errors))}; mend that and start the same again")
         if not green:
             raise UserError(f"step {t + 1}: no green token in its batch (samples {', '.join(gathered(step.ids)[:8])}): "
                             "every answer lies beyond --max-length; raise it")  # fmt: skip
@@ -357,11 +383,17 @@ def train(a, rank: int, world: int, device: torch.device):
                 (nll * world / green).backward()  # Eq. 3; times world because DDP takes the mean over processes
             nll_sum += nll.item()
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM).item()
+        loss = summed(nll_sum, device=device)[0] / green
+        if not math.isfinite(loss + grad_norm):  # the step is not taken
+            if t > start:
+                save(t)
+            samples = ", ".join(gathered(step.ids)[:8])
+            raise UserError(f"step {t + 1}: loss {loss}, gradient norm {grad_norm} (samples {samples}, ...); lower "
+                            "--lr, or are the weights damaged?")  # fmt: skip
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         t, cut_samples = t + 1, cut_samples + int(cut)
-        loss = summed(nll_sum, device=device)[0] / green
         now = time.time()
         line = dict(step=t, loss=loss, lr=lr, grad_norm=grad_norm, green_tokens=int(green), tokens=int(tokens),
                     seconds=round(now - began, 4))  # fmt: skip
@@ -375,11 +407,11 @@ def train(a, rank: int, world: int, device: torch.device):
     bar.close()
     if cut_samples:
         say(f"{cut_samples} samples were longer than --max-length {a.max_length} and were cut")
-    if t > start or not state:
+    if t > start or not state or not (a.out / "projector.pth").is_file():  # it was killed between its two saves
         save(t)
     if t < total:
         say(f"stopped after step {t} of {total}; the same command goes on from there ({a.out})")
-        raise SystemExit(128 + signal.SIGINT)
+        raise SystemExit(128 + (interrupt.asked or signal.SIGTERM))
     say(f"{a.out}: stage {a.stage} is done, {total} steps")
     if examined:
         after, swapped = (sit_exam(a.name, model, encode, read_prefix(), shift) for shift in (0, 1))
@@ -393,6 +425,7 @@ def main():
     try:
         train(a, rank, world, device)
     except UserError as error:
+        traceback.clear_frames(error.__traceback__)  # lets go of DDP now: later, its end could wait for other processes
         raise UserError(f"(process {rank}) {error}" if rank else str(error)) from None
     finally:
         if dist.is_initialized():

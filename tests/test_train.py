@@ -226,9 +226,9 @@ def test_wrong_combinations_for_stage_2_are_refused(inputs, chat, tmp_path):
 # --- the run directory
 
 
-@pytest.mark.parametrize("processes", [0, 2])
-def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_end(inputs, tmp_path, processes):
-    arguments = flags(inputs, tmp_path / "whole") + ["--epochs", "12"]
+@pytest.mark.parametrize("processes, sign", [(0, signal.SIGINT), (0, signal.SIGTERM), (2, signal.SIGINT)])
+def test_an_interrupted_run_goes_on_to_the_same_end(inputs, tmp_path, processes, sign):
+    arguments = flags(inputs, tmp_path / "whole", workers=1) + ["--epochs", "12"]
     run(arguments, processes)
     out = tmp_path / "broken"
     arguments[arguments.index("--out") + 1] = str(out)
@@ -238,9 +238,9 @@ def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_end(inputs, tmp_path, proc
                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
     while child.poll() is None and not ((out / "metrics.jsonl").is_file() and len(metrics(out)) >= 5):
         time.sleep(0.02)
-    os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to all of them
+    os.killpg(child.pid, sign)  # as a terminal or torchrun does: to all of them, workers included
     stderr = child.communicate(timeout=60)[1]
-    assert child.returncode != 0 and (processes or "Traceback" not in stderr), stderr
+    assert child.returncode == (1 if processes else 128 + sign) and (processes or "Traceback" not in stderr), stderr
     done = len(metrics(out))
     assert 5 <= done < 48 and checkpoint.load_state(out)["step"] == done
     assert torch.load(out / "projector.pth", weights_only=True)["weight"].isfinite().all()
@@ -262,6 +262,48 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(inputs, tmp
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     in_process(arguments + ["--lr", "0.5", "--no-resume"])
     assert metrics(tmp_path)[0]["lr"] == 0.5
+
+
+def test_no_folder_that_is_not_a_run_is_written_to(inputs, tmp_path):
+    (tmp_path / "config.json").write_text('{"mine": 1}')
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state/thesis.txt").write_text("mine")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for resume in ("--resume", "--no-resume"):
+        with pytest.raises(UserError, match="is no run of train.py"):
+            in_process(flags(inputs, tmp_path) + [resume])
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_that_lost_a_part_says_so_or_mends_it(inputs, tmp_path):
+    arguments = flags(inputs, tmp_path, max_steps=2)
+    in_process(arguments)
+    W = (tmp_path / "projector.pth").read_bytes()
+    (tmp_path / "projector.pth").unlink()  # as if killed between the two saves
+    in_process(arguments)
+    assert (tmp_path / "projector.pth").read_bytes() == W
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write("no metrics\n")
+    in_process(arguments)
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
+    state = checkpoint.load_state(tmp_path)
+    checkpoint.save_state(tmp_path, state | {"trained": {"projector.weight": torch.zeros(3, 3)}}, 1)
+    with pytest.raises(UserError, match="state: is of another model"):
+        in_process(arguments)
+    (tmp_path / "state/training.pth").unlink()
+    with pytest.raises(UserError, match="no state/ to go on from"):
+        in_process(arguments)
+    assert (tmp_path / "projector.pth").read_bytes() == W
+
+
+def test_other_data_under_the_same_name_is_other_settings(inputs, tmp_path):
+    (tmp_path / "captions.json").write_bytes((inputs / "captions.json").read_bytes())
+    arguments = flags(inputs, tmp_path / "run", data=tmp_path / "captions.json", max_steps=2)
+    in_process(arguments)
+    in_process(arguments + ["--data", str(tmp_path / "run/../captions.json")])  # another way to write the same
+    (tmp_path / "captions.json").write_text(json.dumps(json.loads((inputs / "captions.json").read_text())[1:]))
+    with pytest.raises(UserError, match="begun with --samples 30, now it is 29"):
+        in_process(arguments)
 
 
 def test_a_projector_can_be_started_from(inputs, tmp_path):
@@ -287,7 +329,14 @@ def break_input(inputs, tmp_path, what):
     if what == "no images":
         return dict(images=bad), "--images"
     if what == "images not given":
-        return dict(images=None), "--images"
+        return dict(images=None), "--images missing"
+    if what == "a picture folder as data":
+        return dict(data=inputs / "images"), "a folder without problems.json"
+    if what == "a damaged ViT":
+        weights = torch.load(inputs / "vit.pt", weights_only=True)
+        weights["visual.conv1.weight"] = weights["visual.conv1.weight"] * torch.nan
+        torch.save(weights, bad)
+        return dict(vision=bad), "step 1: loss nan"
     if what == "a truncated checkpoint":
         copy_llama(inputs, bad)
         weights = (bad / "consolidated.00.pth").read_bytes()
@@ -355,7 +404,7 @@ def copy_llama(inputs, to):
         (to / path.name).write_bytes(path.read_bytes())
 
 
-BROKEN = ["no llama", "no vision", "no data", "no images", "images not given", "a truncated checkpoint", "a pickle with code",
+BROKEN = ["no llama", "no vision", "no data", "no images", "images not given", "a picture folder as data", "a damaged ViT", "a truncated checkpoint", "a pickle with code",
           "a checkpoint with code", "another shape", "a tokenizer of another LLaMA", "a projector of another shape", "bad JSON", "a picture that is not there",
           "a broken picture", "a picture bomb", "no green token", "no room for a picture", "an out that is a file"]  # fmt: skip
 
@@ -398,8 +447,10 @@ def test_an_error_in_the_middle_of_a_run_harms_nothing_written_and_is_one_line(i
         (["--data", "x.json"], "--llama and --vision missing"),
         (["--images", "x"], "--images and --projector go with"),
         (["--batch-size", "0"], "--batch-size 0: must be 1 or more"),
-        (["--lr", "-1"], "--lr -1.0: must not be negative"),
+        (["--lr", "-1"], "--lr -1.0: must be a number, 0 or more"),
         (["--warmup-ratio", "2"], "--warmup-ratio 2.0: must lie in 0..1"),
+        (["--lr", "nan"], "--lr nan: must be a number"),
+        (["--task", "chat"], "--task chat: is of stage 2"),
     ],
 )
 def test_wrong_flags_are_refused_in_one_line(arguments, message):
