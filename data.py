@@ -498,9 +498,16 @@ def open_for_display(arguments):
     import demo  # which needs nothing of this file, but is read after it
 
     sp = load_tokenizer(arguments.tokenizer or demo.LLAMA / "tokenizer.model")
-    n_patches = 256 if arguments.tokenizer else load_vision(demo.VISION).config.n_patches
-    n_patches = arguments.patches or n_patches
+    n_patches = arguments.patches
+    if n_patches is None:
+        n_patches = 256 if arguments.tokenizer else load_vision(demo.VISION).config.n_patches
+    if not 1 <= n_patches <= 10_000:
+        raise UserError(f"--patches {n_patches}: a picture takes 1 to 10000 positions")
     if arguments.data:
-        return sp, Examples(arguments.data, split=arguments.split, missing_pictures_as_text=True), n_patches
+        examples = Examples(arguments.data, split=arguments.split, missing_pictures_as_text=True)
+        for part in examples.parts:
+            for record in part.records if isinstance(part, ScienceQA) else ():
+                record["image_path"] = record["image"]  # absent or not: it is shown where it would stand
+        return sp, examples, n_patches
     demo.prepare(demo.FOLDER)
     return sp, Examples([demo.FOLDER / "captions.json"]), n_patches

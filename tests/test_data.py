@@ -1,5 +1,6 @@
 """data.py: what the data sets become, in which order, and how bad input is refused."""
 
+import argparse
 import io
 import json
 import random
@@ -91,6 +92,30 @@ def test_a_caption_is_expanded_at_random_but_reproducibly(tmp_path):
     assert {text.replace("<image>", "").strip() for text in first} == set(data.REQUESTS)
 
 
+def test_a_picture_that_unpacks_to_gigabytes_or_is_damaged_in_its_zip_is_refused_unread(folder, monkeypatch):
+    monkeypatch.setattr(data, "MAX_BYTES", 1000)
+    (folder / "images/large.png").write_bytes(bytes(1001))
+    with zipfile.ZipFile(folder / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("large.png", bytes(1001))
+        archive.writestr("damaged.png", bytes(range(256)) * 3)
+    raw = bytearray((folder / "bomb.zip").read_bytes())
+    at = raw.index(b"damaged.png") + len("damaged.png")
+    raw[at : at + 8] = b"\xff" * 8
+    (folder / "bomb.zip").write_bytes(raw)
+    for images, name, message in (("images", "large.png", "1001 bytes are over the limit"),
+                                  ("bomb.zip", "large.png", "1001 bytes are over the limit"),
+                                  ("bomb.zip", "damaged.png", "cannot be read from")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            data.Pictures(folder / images).read(name)
+
+
+def test_names_from_a_file_cannot_act_on_the_terminal(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps([{"id": "日本\n\x1b[2J" + "x" * 999, "conversations": []}], ensure_ascii=False))
+    with pytest.raises(UserError, match=r"\(id 日本\\n\\x1b\[2Jx+\): it has no conversations; mend or remove it$") as error:
+        data.Examples([tmp_path / "x.json"])
+    assert "\x1b" not in str(error.value) and len(str(error.value)) < 400
+
+
 @pytest.mark.parametrize("images", ["images", "images.zip"])
 def test_pictures_come_from_a_folder_or_a_zip(folder, images):
     pictures = data.Pictures(folder / images)
@@ -146,6 +171,17 @@ def test_a_missing_scienceqa_file_is_named(scienceqa):
     (scienceqa / "pid_splits.json").unlink()
     with pytest.raises(UserError, match="pid_splits.json: .*No such file"):
         data.Examples([scienceqa], split="test")
+
+
+def test_what_is_shown_of_a_problem_has_its_picture_even_where_that_is_absent(scienceqa):
+    (scienceqa / "images/test/1/image.png").unlink()
+    given = argparse.Namespace(data=[scienceqa], split="test", tokenizer=None, patches=None)
+    _, examples, n_patches = data.open_for_display(given)
+    assert [e.image for e in examples] == [None, "image.png"] and examples[1].turns[0].endswith("\n<image>")
+    assert n_patches == 36  # the demo's
+    given.patches = 0
+    with pytest.raises(UserError, match="--patches 0: a picture takes 1 to"):
+        data.open_for_display(given)
 
 
 def test_absent_pictures_become_text_only_when_told_to(scienceqa):
