@@ -507,7 +507,7 @@ def open_for_display(arguments):
         examples = Examples(arguments.data, split=arguments.split, missing_pictures_as_text=True)
         for part in examples.parts:
             for record in part.records if isinstance(part, ScienceQA) else ():
-                record["image_path"] = record["image"]  # absent or not: it is shown where it would stand
+                record["image_path"] = record["image"] or None  # absent or not: it is shown where it would stand
         return sp, examples, n_patches
     demo.prepare(demo.FOLDER)
     return sp, Examples([demo.FOLDER / "captions.json"]), n_patches
