@@ -92,6 +92,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     if a.stage == 1 and a.task:
         raise UserError(f"--task {a.task}: is of stage 2; stage 1 has one task, captions")
     a.name = "stage1" if a.stage == 1 else a.task or "chat"
+    a.task = None if a.stage == 1 else a.name
     a.out = Path(a.out or f"runs/{a.name}")
     a.demo = not (a.llama or a.vision or a.data)
     if a.demo and (a.images or a.projector):
