@@ -8,14 +8,13 @@ Each question is asked with the whole conversation before it, in the template th
 
 import argparse
 import contextlib
-import re
 import sys
 from pathlib import Path
 
 import torch
 
 import checkpoint
-from conversation import IMAGE, STOP, UserError, stop_ids, surface, system_ids, tokenize
+from conversation import IMAGE, STOP, UserError, readable, stop_ids, surface, system_ids, tokenize
 from eval_scienceqa import check_run, open_run
 from vision import open_picture, preprocess
 
@@ -46,7 +45,7 @@ class Chat:
         pixels = torch.zeros(0, 3, size, size, dtype=torch.uint8)
         if path:
             try:
-                pixels = preprocess(open_picture(path.read_bytes()), size)[None]  # (1, 3, S, S)
+                pixels = preprocess(open_picture(path.read_bytes()), size)[None]  # (1, 3, size, size)
             except (OSError, ValueError) as error:
                 raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
         self.path, self.pixels, self.turns = path, pixels.to(self.device), []
@@ -67,7 +66,7 @@ class Chat:
             with self.autocast:
                 for step in tokens:
                     said.append(step[0])
-                    answer, stop, _ = readable(surface(self.sp, said)).partition(STOP)
+                    answer, stop, _ = readable(surface(self.sp, said)).lstrip().partition(STOP)
                     new = answer.rstrip("# \n\t\ufffd")[len(shown) :]  # not yet: half a character, half of <STOP>
                     shown += new
                     if new:
@@ -90,11 +89,6 @@ class Chat:
         checkpoint.write_json(path, [{"id": path.stem, **image, "conversations": messages}])
         self.written.add(path)
         note(f"{path} is written" + (f"; its picture is in {self.path.resolve().parent}" if self.path else ""))
-
-
-def readable(text: str) -> str:
-    """What a model says without its leading space; and no control character of it acts on the terminal."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text).lstrip()
 
 
 def note(text):

@@ -6,9 +6,10 @@
     save_run, load_run          a run directory: all that is needed to use what was trained
     save_state, load_state      all that is needed to train on
 
-Files are mapped into memory and converted one parameter at a time into a model built without memory (on the "meta"
-device), so the peak stays near the size of the weights. What others wrote stays data: no pickled code ever runs.
-What is written here appears whole or not at all.
+Files are mapped into memory (but TorchScript's, such as OpenAI's archive, and PyTorch's before 1.6 are read whole) and
+converted one parameter at a time into a model built without memory (on the "meta" device), so the peak stays near the
+size of the weights. What others wrote stays data: no pickled code ever runs. What is written here appears whole or not
+at all.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -103,6 +105,7 @@ HF_CONFIG = {
     "num_key_value_heads": "n_kv_heads", "intermediate_size": "ffn_dim", "vocab_size": "vocab_size",
     "rms_norm_eps": "norm_eps", "rope_theta": "rope_theta",
 }  # fmt: skip
+SPARE_ROWS = 256  # of a LLaMA beyond its tokenizer's pieces, at most: some pad 32,000 rows, or add tokens to them
 
 
 # --- files
@@ -141,6 +144,7 @@ def sync_folder(folder):
 def reason(error: Exception) -> str:
     """In a few words of one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+    text = re.sub(r"Weights only load failed.*WeightsUnpickler error:\s*", "", text, flags=re.DOTALL)  # PyTorch's essay
     return text.split("\n")[0][:150]
 
 
@@ -171,10 +175,10 @@ def save_tensors(path, data):
 
 
 def load_tensors(path):
-    """What torch.save wrote (or the tensors of a TorchScript or a .safetensors file), on the CPU, memory mapped.
+    """What torch.save wrote (or the tensors of a .safetensors file), on the CPU, memory mapped.
 
     Tensors and plain values only: no code runs, whatever the file holds. The mapping is private: a write into a
-    tensor changes neither the file nor what other processes see of it.
+    tensor changes neither the file nor what other processes see of it. TorchScript and PyTorch before 1.6: read whole.
     """
     try:
         with open(path, "rb") as file:
@@ -194,7 +198,9 @@ def load_tensors(path):
             return TorchScriptReader(path).load().tensors()
         if not zipped and not head.startswith(b"\x80"):  # a bare pickle is PyTorch's format before 1.6
             raise ValueError(f"it begins with {head[:12]!r}")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's, of pickle protocols: what cannot be read is an error below
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except ImportError:
         raise UserError(f"{path}: to read it, pip install safetensors") from None
     except zipfile.BadZipFile:  # its table of contents is at its end
@@ -204,7 +210,8 @@ def load_tensors(path):
         if code:
             raise UserError(f"{path}: holds Python objects ({code[1]}), which could run code and are never loaded; get "
                             "its weights as a plain dict of tensors") from None  # fmt: skip
-        raise UserError(f"{path}: damaged or not weights ({reason(error)}); copy or download it again") from None
+        raise UserError(f"{path}: damaged or not weights ({reason(error)}; code and objects are never loaded); copy or "
+                        "download it again") from None  # fmt: skip
 
 
 class Holder:
@@ -285,7 +292,14 @@ def load_folder(folder: Path) -> dict[str, torch.Tensor]:
                 raise UserError(f"{index}: expected a weight_map from names to files of this folder")
         elif not (folder / name).is_file():
             continue
-        return {key: tensor for file in files for key, tensor in load_weights(folder / file).items()}
+        weights = {}
+        for file in files:
+            part = load_weights(folder / file)
+            if part.keys() & weights:
+                raise UserError(f"{folder / file}: {few(part.keys() & weights)} is in an earlier part too; download "
+                                "all parts again, from one model")  # fmt: skip
+            weights |= part
+        return weights
     raise UserError(f"{folder}: expected pytorch_model.bin or model.safetensors, or the index JSON of its parts")
 
 
@@ -344,9 +358,10 @@ def fill(model: nn.Module, parts: dict, dtype, path, finish=lambda name, tensor:
         for tensor in parts[name]:
             # A few bytes of pickle can claim any size (stride 0), or be another kind of tensor.
             plain = tensor.is_floating_point() and tensor.layout == torch.strided and tensor.device.type == "cpu"
+            plain = plain and tensor.itemsize > 1  # float8 has its scale elsewhere
             if list(tensor.shape) != shape or not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
                 came = f"{tuple(tensor.shape)} {str(tensor.dtype)[6:]}"
-                wrong += [f"{name} {came} instead of ({', '.join(f'{n:g}' for n in shape)})"]
+                wrong += [f"{name} {came} instead of ({', '.join(f'{n:g}' for n in shape)}) float16 or wider"]
     problems = {"missing": parameters.keys() - parts, "unexpected": parts.keys() - parameters, "wrong": set(wrong)}
     if any(problems.values()):
         text = "; ".join(f"{kind}: {few(names)}" for kind, names in problems.items() if names)
@@ -355,7 +370,7 @@ def fill(model: nn.Module, parts: dict, dtype, path, finish=lambda name, tensor:
     taken = set()
     for name in parameters:
         pieces, dim, (owner, _, leaf) = parts.pop(name), parts_dim(name), name.rpartition(".")
-        if dim is None and not all(torch.equal(piece, pieces[0]) for piece in pieces):
+        if dim is None and not all(torch.equal(piece, pieces[0]) for piece in pieces[1:]):
             raise UserError(f"{path}: {name} differs between the model-parallel files; are all of the same model?")
         tensor = pieces[0] if dim is None or len(pieces) == 1 else torch.cat(pieces, dim)
         tensor = finish(name, tensor).to(dtype).contiguous()
@@ -426,10 +441,10 @@ def ffn_width(dim: int, multiple_of: int, multiplier: float = 1) -> int:
 def load_hf_llama(folder: Path, dtype) -> LLaMA:
     path = folder / "config.json"
     given = read_json(path, dict)
-    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}  # transformers 5, transformers 4
+    rope = given.get("rope_scaling") or given.get("rope_parameters") or {}  # transformers 4, transformers 5
     rope = rope if isinstance(rope, dict) else {"type": rope}
     config = {"num_key_value_heads": given.get("num_attention_heads"), "rope_theta": 10000.0} | rope
-    config |= {key: value for key, value in given.items() if value is not None}
+    config |= {key: value for key, value in given.items() if value is not None and key not in rope}  # its theta wins
     check_only(path, model_type=(given.get("model_type"), "llama"))
     c = LLaMAConfig(**dict(zip(HF_CONFIG.values(), numbers(config, HF_CONFIG, path))))
     check_only(
@@ -443,7 +458,11 @@ def load_hf_llama(folder: Path, dtype) -> LLaMA:
     )
     parts = translate(load_folder(folder), HF_LLAMA, folder)
     if config.get("tie_word_embeddings") and "tok_embeddings.weight" in parts:
-        parts["output.weight"] = list(parts["tok_embeddings.weight"])
+        tied = parts["tok_embeddings.weight"]
+        if not all(torch.equal(tensor, tied[0]) for tensor in parts.get("output.weight", [])):
+            raise UserError(f"{path}: tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight; set "
+                            "it to false if the model was trained so, or take other weights")  # fmt: skip
+        parts["output.weight"] = list(tied)
 
     def interleave(name, tensor):
         # RoPE turns pairs of rows of each head of q and k. Meta's pairs are adjacent; Hugging Face's lie half a head
@@ -466,11 +485,11 @@ def numbers(config: dict, keys, path) -> list:
     return [config[key] for key in keys]
 
 
-def check_only(path, **settings):
-    """settings: name=(value, the only value that the model here has)."""
+def check_only(path, has="this model has only", **settings):
+    """settings: name=(value, the only value that the model here, or what `has` says, has)."""
     for key, (value, only) in settings.items():
         if value != only:
-            raise UserError(f"{path}: {key} is {repr(value)[:80]}, this model has only {only!r}; take other weights")
+            raise UserError(f"{path}: {key} is {repr(value)[:80]}, {has} {only!r}; take other weights")
 
 
 def build_llama(c: LLaMAConfig, parts: dict, dtype, path, *how) -> LLaMA:
@@ -533,25 +552,34 @@ def load_vision(path, feature_layer: int = FEATURE_LAYER, dtype=torch.float32) -
         parts = translate(load_weights(path), OPENAI_CLIP, path)
     if any(name.startswith(("attnpool.", "layer1.")) for name in parts):
         raise UserError(f"{path}: a ResNet CLIP, which has no patches to look at; take a ViT, such as ViT-L-14.pt")
+    blocks = {}  # number -> {name within the block: shapes of its parts}
+    for name, pieces in parts.items():
+        if match := re.match(r"transformer\.resblocks\.([0-9]{1,4})\.(.*)", name):
+            blocks.setdefault(int(match[1]), {})[match[2]] = [piece.shape for piece in pieces]
     conv1, embedding = (parts.get(name, [torch.empty(0)])[0] for name in ("conv1.weight", "positional_embedding"))
     grid = math.isqrt(max(0, len(embedding) - 1))
-    if conv1.dim() != 4 or embedding.dim() != 2 or grid == 0 or grid**2 != len(embedding) - 1 or len(conv1) % HEAD_DIM:
+    square = embedding.dim() == 2 and grid > 0 and grid**2 == len(embedding) - 1
+    if conv1.dim() != 4 or 0 in conv1.shape or len(conv1) % HEAD_DIM or not square:
         raise UserError(f"{path}: no CLIP ViT in it (conv1.weight {tuple(conv1.shape)}, positional_embedding "
                         f"{tuple(embedding.shape)}); take OpenAI's ViT-L-14.pt or its Hugging Face folder")  # fmt: skip
 
-    def block(name) -> int:
-        match = re.match(r"transformer\.resblocks\.([0-9]{1,4})\.", name)
-        return int(match[1]) if match else -1
-
-    layers = len({block(name) for name in parts} - {-1})
+    (width, _, _, patch), layers = conv1.shape, len(blocks)
+    if path.is_dir():
+        has = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
+               "image_size": grid * patch, "patch_size": patch}  # fmt: skip
+        given = {key: (config.get(key, value), value) for key, value in has.items()}
+        check_only(path / "config.json", "the weights beside it have", **given)
     if not -layers - 1 <= feature_layer <= -1:
         raise UserError(f"{path}: feature layer {feature_layer}, expected -1 (the last of {layers}) to {-layers - 1}")
     with torch.device("meta"):
-        config = VisionConfig(grid * conv1.shape[-1], conv1.shape[-1], len(conv1), layers)
-        vision = VisionTransformer(config, feature_layer)
-    for name in [name for name in parts if block(name) > layers + feature_layer]:
-        del parts[name]  # above the features
+        vision = VisionTransformer(VisionConfig(grid * patch, patch, width, layers), feature_layer)
+    for i in blocks:
+        for name in blocks[i] if i > layers + feature_layer else ():  # above the features
+            parts.pop(f"transformer.resblocks.{i}.{name}", None)
     fill(vision, parts, dtype, path)
+    unlike = [f"transformer.resblocks.{i}" for i in range(layers) if blocks.get(i) != blocks.get(0)]
+    if unlike:  # what `fill` has not seen, or a gap
+        raise UserError(f"{path}: the weights are not complete or of another model; {few(unlike)} is not like block 0")
     return vision
 
 
@@ -649,11 +677,15 @@ def load_run(run, dtype=torch.float32) -> tuple[LLaVA, object, dict]:
 
 
 def open_tokenizer(path, llama: LLaMA):
-    """The SentencePiece model that goes with a LLaMA. Raises UserError if it has pieces beyond its rows."""
+    """The SentencePiece model of a LLaMA. Raises UserError if it has more pieces than the LLaMA rows, or far fewer."""
     sp = load_tokenizer(path)
-    if sp.vocab_size() > llama.config.vocab_size:
-        raise UserError(f"{path}: has {sp.vocab_size()} pieces, the LLaMA beside it only {llama.config.vocab_size}; "
-                        "take the tokenizer that came with it")  # fmt: skip
+    pieces, rows = sp.vocab_size(), llama.config.vocab_size
+    if pieces > rows:
+        raise UserError(f"{path}: has {pieces} pieces, the LLaMA beside it only {rows}; take the tokenizer that came "
+                        "with it")  # fmt: skip
+    if pieces < rows - SPARE_ROWS:
+        raise UserError(f"{path}: has only {pieces} pieces, the LLaMA beside it {rows} (up to {SPARE_ROWS} more may be "
+                        "padding or added tokens); take the tokenizer that came with it")  # fmt: skip
     return sp
 
 
@@ -675,6 +707,12 @@ def plain(value) -> bool:
 
 
 def load_state(run) -> dict | None:
-    """What `save_state` wrote, with its "step"; None if there is none yet."""
+    """What train.py gave to `save_state`, with its "step"; None if there is none yet. Raises UserError on all else."""
     path = Path(run) / "state" / "training.pth"
-    return load_tensors(path) if path.exists() else None
+    if not path.exists():
+        return None
+    state, kinds = load_tensors(path), {"step": int, "trained": dict, "optimizer": dict}
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
+        raise UserError(f"{path}: expected {', '.join(kinds)}, as train.py saves them; remove it, or --no-resume to "
+                        "begin anew")  # fmt: skip
+    return state

@@ -20,6 +20,8 @@ it: SentencePiece reports which characters each piece covers, and a piece is gre
 import argparse
 import os
 import re
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +42,16 @@ class UserError(Exception):
 
 
 def load_tokenizer(path) -> sentencepiece.SentencePieceProcessor:
-    """Reads a SentencePiece `tokenizer.model`. Raises UserError if it is missing or is something else."""
+    """Reads a SentencePiece `tokenizer.model`. Raises UserError if it is missing, something else or without BOS."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; a LLaMA folder needs its SentencePiece `tokenizer.model`")
     try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+        sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise UserError(f"{path}: not a SentencePiece model ({str(error).splitlines()[0][:100]})") from None
+    if sp.bos_id() < 0:
+        raise UserError(f"{path}: has no <s> (BOS), which every conversation starts with; take a LLaMA's tokenizer")
+    return sp
 
 
 def plain(message: str) -> str:
@@ -54,7 +59,7 @@ def plain(message: str) -> str:
 
     `###` would end a turn or forge one, so a run of three or more is spaced out: `###` -> `# # #`. `<s>` and `</s>`
     need nothing: to SentencePiece control symbols are not spelled by any text. `<image>` needs nothing either: the
-    picture is placed by `render` and never looked for in text, so anywhere else the seven letters stay letters.
+    picture is placed by `render` and never looked for in text, so anywhere else the seven characters stay text.
     Half a character (a lone surrogate, which JSON can spell) becomes U+FFFD.
     """
     message = message.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -145,6 +150,11 @@ def surface(sp, ids) -> str:
     return spelled.decode("utf-8", errors="replace")
 
 
+def readable(text: str) -> str:
+    """No control character of a text from a model or from data acts on the terminal: each becomes U+FFFD."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)  # all but \t and \n
+
+
 def show(sp, ids: np.ndarray, green: np.ndarray, colour: bool = True) -> str:
     """A sample as Table 2, read back from its ids: green in green (without colour, in ⟦brackets⟧)."""
     kinds = np.where(ids == IMAGE_ID, 2, green)  # 0 read, 1 green, 2 picture
@@ -155,10 +165,10 @@ def show(sp, ids: np.ndarray, green: np.ndarray, colour: bool = True) -> str:
             mark = f"[picture: {stop - start} patches]"
             text += f"\033[7m{mark}\033[0m" if colour else mark
         elif kinds[start] == 1:
-            words = surface(sp, ids[start:stop])
+            words = readable(surface(sp, ids[start:stop]))
             text += f"\033[1;32m{words}\033[0m" if colour else f"⟦{words}⟧"
         else:
-            text += surface(sp, ids[start:stop])
+            text += readable(surface(sp, ids[start:stop]))
     patches = int((kinds == 2).sum())
     return f"{text}\n\n{len(ids)} positions: {patches} patches, {len(ids) - patches} text, {int(green.sum())} green"
 
@@ -175,7 +185,10 @@ def main():
         raise UserError(f"--index {arguments.index}: the data has samples 0 to {len(examples) - 1}")
     example = examples[arguments.index]
     ids, green = tokenize(sp, example.turns, n_patches if example.image else 0)
-    print(f"sample {example.id}" + (f", picture {example.image}" if example.image else ", no picture") + "\n")
+    sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show does not end it
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, as any Unix command, without a word
+    print(readable(f"sample {example.id}, " + (f"picture {example.image}" if example.image else "no picture")) + "\n")
     print(show(sp, ids, green, colour="NO_COLOR" not in os.environ))
 
 

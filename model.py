@@ -7,7 +7,7 @@ no attention mask, and a batch without a picture is the case of no pictures, not
 Parameters carry the names of LLaMA's release, so its checkpoints load as they are.
 
 Shapes: B samples, N positions of the flat batch, dim model width, H query heads, K key/value heads, hd = dim / H,
-S positions of a shared prefix, P patches a picture, D width of the ViT, T length of one sample.
+S positions of a shared prefix, P patches a picture of size² pixels, D width of the ViT, T length of one sample.
 """
 
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x):
+    def forward(self, x):  # (N, dim)
         y = x.float()  # the mean of squares overflows fp16 and is coarse in bf16
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return y.to(x.dtype) * self.weight
@@ -97,8 +97,8 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(c.ffn_dim, c.dim, bias=False)
         self.w3 = nn.Linear(c.dim, c.ffn_dim, bias=False)
 
-    def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+    def forward(self, x):  # (N, dim)
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # (N, dim), by way of (N, ffn_dim)
 
 
 class Block(nn.Module):
@@ -147,7 +147,7 @@ class LLaMA(nn.Module):
 
 
 def flat_attention(n_layers: int, cu_seqlens: torch.Tensor, prefix=None, keep: list | None = None) -> list:
-    """Causal attention within each sample of a flat batch, for every layer.
+    """Causal attention within each sample of a flat batch, for each of the LLaMA's n_layers: see `LLaMA.forward`.
 
     cu_seqlens: (B+1,) int32, the borders of the samples.
     prefix: per layer k and v (S, K, hd), positions that come before those of every sample (see `LLaVA.read_prefix`).
@@ -167,7 +167,9 @@ def flat_attention(n_layers: int, cu_seqlens: torch.Tensor, prefix=None, keep: l
         if q.is_cuda and varlen_attn is not None and q.dtype != torch.float32:
             cu_seqlens_k = cu_seqlens + S * torch.arange(len(cu_seqlens), device=q.device, dtype=cu_seqlens.dtype)
             longest, causal = max(lengths), (-1, 0)  # any distance back, none ahead; the last rows line up
-            return varlen_attn(q, torch.cat(ks), torch.cat(vs), cu_seqlens, cu_seqlens_k, longest, longest + S,
+            if S:
+                k, v = torch.cat(ks), torch.cat(vs)  # (N + B S, K, hd)
+            return varlen_attn(q, k, v, cu_seqlens, cu_seqlens_k, longest, longest + S,
                                window_size=causal, enable_gqa=gqa)  # fmt: skip
         outs = []
         for qkv in zip(q.split(lengths), ks, vs):
@@ -187,7 +189,7 @@ class KVCache:
     ROOM = 64  # positions by which the rows grow whenever the longest is full
 
     def __init__(self, kept: list, cu_seqlens: torch.Tensor, prefix):
-        """kept: what `flat_attention` kept of the prompts."""
+        """kept: per layer k and v (N, K, hd) of the prompts, from `flat_attention`; prefix: its own, (S, K, hd)."""
         S = 0 if prefix is None else len(prefix[0][0])
         self.lengths = (S + cu_seqlens[1:] - cu_seqlens[:-1]).long()
         B, longest = len(self.lengths), int(self.lengths.max()) + self.ROOM
@@ -204,23 +206,23 @@ class KVCache:
                 rows.append(row)
             self.layers.append(rows)
 
-    def attend(self, layer: int):
-        """Attention of one new position per sample, which is first written at each row's length."""
+    def attention(self) -> list:
+        """For every layer, the attention of one new position per sample, first written at each row's length."""
+        longest = int(self.lengths.max()) + 1  # waits for the GPU: here, once for all layers
+        here = torch.arange(len(self.lengths), device=self.lengths.device)  # (B,)
+        seen = torch.arange(longest, device=self.lengths.device) <= self.lengths[:, None]  # (B, longest)
 
-        def attend(q, k, v):  # (B, H, hd), (B, K, hd), (B, K, hd)
-            longest = int(self.lengths.max()) + 1
+        def attend(layer, q, k, v):  # (B, H, hd), (B, K, hd), (B, K, hd)
             if longest > self.layers[layer][0].shape[1]:
                 self.layers[layer] = [F.pad(rows, (0, 0, 0, 0, 0, self.ROOM)) for rows in self.layers[layer]]
             rows_k, rows_v = self.layers[layer]
-            here = torch.arange(len(k), device=k.device)
             rows_k[here, self.lengths], rows_v[here, self.lengths] = k, v
-            seen = torch.arange(longest, device=k.device) <= self.lengths[:, None]  # (B, longest)
             k, v = rows_k[:, :longest].transpose(1, 2), rows_v[:, :longest].transpose(1, 2)  # (B, K, longest, hd)
             gqa = q.shape[1] != k.shape[1]
             out = F.scaled_dot_product_attention(q[:, :, None], k, v, seen[:, None, None], enable_gqa=gqa)
             return out[:, :, 0]  # (B, H, hd)
 
-        return attend
+        return [lambda q, k, v, layer=layer: attend(layer, q, k, v) for layer in range(len(self.layers))]
 
     def select(self, rows: torch.Tensor):
         """Keeps only these rows: samples that have ended cost nothing more."""
@@ -266,7 +268,7 @@ class LLaVA(nn.Module):
     def embed(self, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
         """The input of the language model (Eq. 2): words looked up, H_v written where `ids` holds IMAGE_ID.
 
-        ids (N,) int64; pixels (pictures, 3, S, S) uint8, in the order of their places in ids. Returns (N, dim).
+        ids (N,) int64; pixels (pictures, 3, size, size) uint8, in the order of their places in ids. Returns (N, dim).
         """
         with torch.no_grad():  # the ViT is always frozen
             Z_v = self.vision(normalize(pixels))  # (pictures, P, D)
@@ -341,7 +343,7 @@ class LLaVA(nn.Module):
                 cache.select(torch.tensor(going, device=ids.device))
                 rows, tokens = [rows[j] for j in going], [tokens[j] for j in going]
             x = self.llama.tok_embeddings(torch.tensor(tokens, device=ids.device))  # (B still going, dim)
-            x = self.llama(x, cache.lengths, [cache.attend(layer) for layer in range(len(self.llama.layers))])
+            x = self.llama(x, cache.lengths, cache.attention())
             cache.lengths = cache.lengths + 1
 
     def answers(self, ids, cu_seqlens, pixels, stop, max_new_tokens, **settings) -> list[list[int]]:
@@ -364,6 +366,7 @@ def choose(logits: torch.Tensor, temperature: float, top_p: float, dice: list[to
     """The next token of each row of logits (B, vocab)."""
     if temperature == 0:
         return logits.argmax(-1).tolist()
+    temperature = max(temperature, 1e-30)  # 1 / 1e-39 is infinite in fp32
     p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
     p[:, 1:] = p[:, 1:].masked_fill((p.cumsum(-1) - p)[:, 1:] >= top_p, 0)  # drop what lies wholly beyond top_p
     drawn = [torch.multinomial(row, 1, generator=die) for row, die in zip(p, dice)]

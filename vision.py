@@ -4,7 +4,7 @@ The ViT is written after "Learning Transferable Visual Models From Natural Langu
 parameter names of OpenAI's release. It is always frozen here; LLaVA reads the grid of one of its last layers
 ("before and after the last Transformer layer", section 4.1), so no block above that layer is even built.
 
-Shapes: B pictures, S pixels a side, P patches = (S / patch)², D width, H heads.
+Shapes: B pictures, `size` pixels a side, P patches = (size / patch)², D width, H heads.
 """
 
 import io
@@ -68,7 +68,7 @@ def preprocess(image: Image.Image, size: int) -> torch.Tensor:
     """CLIP's preprocessing up to the normalisation: shorter side to `size` by bicubic, centre crop.
 
     Returns (3, size, size) uint8, a quarter of the floats' bytes on the way from a worker to the device.
-    Rounds as the reference does (the long side and the crop's corner are cut to integers).
+    Rounds as transformers' CLIPImageProcessor does (the long side and the crop's corner are cut to integers).
     """
     short, long = sorted(image.size)
     long = size * long // short
@@ -79,11 +79,11 @@ def preprocess(image: Image.Image, size: int) -> torch.Tensor:
     left, top = (width - size) // 2, (height - size) // 2
     image = image.crop((left, top, left + size, top + size))
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(size, size, 3).permute(2, 0, 1).contiguous()  # (3, S, S)
+    return pixels.view(size, size, 3).permute(2, 0, 1).contiguous()  # (3, size, size)
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
-    """(B, 3, S, S) uint8 -> float32, as CLIP was fed."""
+    """(B, 3, size, size) uint8 -> float32, as CLIP was fed."""
     mean = torch.tensor(MEAN, device=pixels.device).view(3, 1, 1)
     std = torch.tensor(STD, device=pixels.device).view(3, 1, 1)
     return (pixels / 255 - mean) / std
@@ -113,9 +113,9 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(width, 4 * width)
         self.c_proj = nn.Linear(4 * width, width)
 
-    def forward(self, x):
-        x = self.c_fc(x)
-        return self.c_proj(x * torch.sigmoid(1.702 * x))  # QuickGELU, CLIP's own
+    def forward(self, x):  # (B, P+1, D)
+        x = self.c_fc(x)  # (B, P+1, 4D)
+        return self.c_proj(x * torch.sigmoid(1.702 * x))  # (B, P+1, D), through QuickGELU, CLIP's own
 
 
 class Block(nn.Module):
@@ -126,7 +126,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width)
 
-    def forward(self, x):
+    def forward(self, x):  # (B, P+1, D)
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
@@ -148,7 +148,7 @@ class VisionTransformer(nn.Module):
         self.transformer.resblocks = nn.ModuleList(Block(width) for _ in range(n_blocks))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """pixels (B, 3, S, S) normalised float -> Z_v (B, P, D), row by row from the top left; no class token."""
+        """pixels (B, 3, size, size) normalised float -> Z_v (B, P, D), row by row from the top left; no class token."""
         x = self.conv1(pixels).flatten(2).transpose(1, 2)  # (B, P, D)
         class_token = self.class_embedding.expand(x.shape[0], 1, -1).to(x.dtype)
         x = torch.cat([class_token, x], dim=1) + self.positional_embedding  # (B, P+1, D)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 import zipfile
 from pathlib import Path
 from unittest.mock import Mock
@@ -151,9 +152,12 @@ def test_rope_theta_where_older_configs_have_it(tmp_path):
     folder = write_hf(theirs, tmp_path / "hf", "bin")
     config = json.loads((folder / "config.json").read_text())
     del config["rope_parameters"]
-    for changes in ({"rope_theta": 500.0}, {"rope_theta": 500.0, "rope_scaling": None}):
+    both = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": 10000.0}
+    for changes in ({"rope_theta": 500.0}, {"rope_theta": 500.0, "rope_scaling": None}, both):
         (folder / "config.json").write_text(json.dumps(config | changes))
         assert error(logits(load_llama(folder)), theirs.reference) < 1e-5
+        again = transformers.LlamaForCausalLM.from_pretrained(folder)
+        assert error(again(IDS[None]).logits[0].detach(), theirs.reference) < 1e-5  # it reads them alike
 
 
 def test_views_of_one_memory_are_not_saved_with_all_of_it(theirs, tmp_path):
@@ -180,6 +184,9 @@ def test_tied_embeddings_become_two_matrices(tmp_path):
         with torch.no_grad():
             llama.output.weight.zero_()
         assert llama.tok_embeddings.weight.abs().sum() > 0
+    torch.save(theirs.state_dict() | {"lm_head.weight": torch.ones(96, 64)}, tmp_path / "bin/pytorch_model.bin")
+    with refused(tmp_path / "bin", "tie_word_embeddings", "lm_head.weight"):
+        load_llama(tmp_path / "bin")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -296,6 +303,7 @@ def broken_shards(name):
         "mis-shaped": (lambda a, b: a.update({wq: torch.ones(32, 63)}), ["wrong", wq, "(32, 63)", "(32, 64)"]),
         "transposed": (lambda a, b: a.update({wq: torch.ones(64, 32)}), ["wrong", wq]),
         "unequal norms": (lambda a, b: b.update({norm: torch.zeros(64)}), [norm, "differs"]),
+        "float8": (lambda a, b: [s.update({norm: s[norm].to(torch.float8_e4m3fn)}) for s in (a, b)], [norm, "float8"]),
         "integers": (lambda a, b: a.update({wq: torch.ones(32, 64, dtype=torch.int8)}), ["wrong", wq, "int8"]),
         "claims more than its bytes": (lambda a, b: a.update({wq: torch.ones(1).expand(32, 64)}), ["wrong", wq]),
         "not a name": (lambda a, b: a.update({7: torch.ones(1)}), ["unexpected", "7"]),
@@ -304,8 +312,8 @@ def broken_shards(name):
 
 
 @pytest.mark.parametrize("name", ["missing", "missing in one", "extra", "extra layer", "many missing", "mis-shaped",
-                                  "transposed", "unequal norms", "integers", "claims more than its bytes", "not a name",
-                                  "not a tensor"])  # fmt: skip
+                                  "transposed", "unequal norms", "float8", "integers", "claims more than its bytes",
+                                  "not a name", "not a tensor"])  # fmt: skip
 def test_every_name_and_shape_is_accounted_for(tmp_path, name):
     folder = write_raw(their_llama(8), tmp_path / "raw", 2)
     files = sorted(folder.glob("*.pth"))
@@ -315,6 +323,23 @@ def test_every_name_and_shape_is_accounted_for(tmp_path, name):
     for file, shard in zip(files, shards):
         torch.save(shard, file)
     with refused(folder, *words):
+        load_llama(folder)
+
+
+def test_a_single_file_agrees_with_itself(tmp_path):
+    """A NaN equals nothing, not even itself."""
+    folder = write_raw(their_llama(8), tmp_path / "raw")
+    weights = torch.load(folder / "consolidated.00.pth")
+    weights["norm.weight"][3] = float("nan")
+    torch.save(weights, folder / "consolidated.00.pth")
+    assert load_llama(folder).norm.weight.isnan().sum() == 1
+
+
+def test_a_tensor_in_two_parts_is_refused(tmp_path):
+    folder = write_hf(their_llama(8), tmp_path / "hf", "bin index")
+    second = folder / "pytorch_model-00002-of-00002.bin"
+    torch.save(torch.load(second) | torch.load(folder / "pytorch_model-00001-of-00002.bin"), second)
+    with refused(second, "lm_head.weight", "earlier part"):
         load_llama(folder)
 
 
@@ -508,6 +533,7 @@ def test_every_clip_gives_the_features_of_transformers(tmp_path, kind, monkeypat
         assert len(vision.transformer.resblocks) == 5 + layer
         assert {p.dtype for p in vision.parameters()} == {torch.float32}
         assert error(vision(PIXELS).detach(), their_features(clip, layer)) < 1e-5
+    assert error(load_vision(path)(PIXELS).detach(), their_features(clip, -2)) < 1e-5  # LLaVA's default
     assert vision.config == VisionConfig(image_size=42, patch_size=14, width=128, layers=4)
     for layer in (0, -6):
         with refused(path, "feature layer"):
@@ -538,6 +564,27 @@ def test_other_clips_are_refused(tmp_path):
     path = write("square", {"visual.positional_embedding": torch.ones(11, 128)})
     with refused(path, "no CLIP ViT"):
         load_vision(path)
+    path = write("empty", {"visual.conv1.weight": torch.ones(128, 3, 0, 0)})
+    with refused(path, "no CLIP ViT", "(128, 3, 0, 0)"):
+        load_vision(path)
+    top = "visual.transformer.resblocks.3"  # above the features: read by no one, but of another model
+    for changes, without in (({f"{top}.ls_1": torch.ones(1)}, []), ({f"{top}.ln_1.bias": torch.ones(64)}, []),
+                             ({}, [f"{top}.mlp.c_fc.bias"])):  # fmt: skip
+        path = write("top", changes, without)
+        with refused(path, "transformer.resblocks.3 is not like block 0"):
+            load_vision(path)
+    path = write("gap", {name.replace(".3.", ".4."): weights[name] for name in weights if top in name},
+                 [name for name in weights if top in name])  # fmt: skip
+    with refused(path, "transformer.resblocks.3 is not like block 0"):
+        load_vision(path)
+    their_clip().save_pretrained(tmp_path / "folder")
+    config = json.loads((tmp_path / "folder/config.json").read_text())
+    for changes in ({"num_hidden_layers": 12}, {"image_size": 224}, {"patch_size": 16}, {"intermediate_size": 3072},
+                    {"hidden_size": 192, "num_attention_heads": 3}):  # fmt: skip
+        config_path = tmp_path / "folder/config.json"
+        config_path.write_text(json.dumps(config | {"vision_config": config["vision_config"] | changes}))
+        with refused(config_path, next(iter(changes)), "the weights beside it have"):
+            load_vision(tmp_path / "folder")
     torch.save({"weight": torch.ones(2, 2)}, tmp_path / "w.pth")
     with refused(tmp_path / "w.pth", "no place for: weight"):
         load_vision(tmp_path / "w.pth")
@@ -602,6 +649,11 @@ def test_pickled_code_never_runs(tmp_path):
     for name in ("zip.pth", "old.pth", "bare.pth", "hostile.pt"):
         with refused(tmp_path / name, "mkdir", "never loaded"):
             load_vision(tmp_path / name)
+    for protocol in (4, 5):  # which PyTorch warns of, and does not read
+        (tmp_path / "bare.pth").write_bytes(pickle.dumps({"weight": Code(mark)}, protocol=protocol))
+        with warnings.catch_warnings(), refused(tmp_path / "bare.pth", "Unsupported operand", "never loaded"):
+            warnings.simplefilter("error")
+            load_vision(tmp_path / "bare.pth")
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:  # 100 MB of 100 KB
         bomb.writestr("x/constants.pkl", b"")
         bomb.writestr("x/data.pkl", bytes(10**8))
@@ -731,7 +783,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     """The system's limit on a file's size stands in for the disk: torch.save meets the same failing write."""
     path = tmp_path / "state/training.pth"
-    checkpoint.save_state(tmp_path, {"w": torch.ones(3)}, 1)
+    checkpoint.save_state(tmp_path, {"trained": {"w": torch.ones(3)}, "optimizer": {}}, 1)
     pid = os.fork()
     if pid == 0:
         import resource
@@ -757,7 +809,8 @@ def test_killed_while_saving_the_state_is_an_old_or_a_new_one(tmp_path):
         if pid == 0:
             try:
                 for step in range(10**6):
-                    checkpoint.save_state(tmp_path, {"w": torch.full((300_000,), float(step))}, step)
+                    trained = {"w": torch.full((300_000,), float(step))}
+                    checkpoint.save_state(tmp_path, {"trained": trained, "optimizer": {}}, step)
             finally:
                 os._exit(1)
         time.sleep(dice.uniform(0.01, 0.08))
@@ -765,7 +818,7 @@ def test_killed_while_saving_the_state_is_an_old_or_a_new_one(tmp_path):
         os.waitpid(pid, 0)
         state = checkpoint.load_state(tmp_path)
         if state is not None:
-            assert (state["w"] == state["step"]).all()
+            assert (state["trained"]["w"] == state["step"]).all()
             seen.add(state["step"])
     assert len(seen) > 1
 
@@ -785,6 +838,16 @@ def test_state_round_trip(tmp_path):
     with pytest.raises(AssertionError):
         checkpoint.save_state(tmp_path, {"loss": np.float64(1)}, 8)  # could be saved, but not loaded
     assert checkpoint.load_state(tmp_path)["step"] == 7
+
+
+@pytest.mark.parametrize("state", [
+    [1, 2], torch.ones(1), {}, {"step": 1, "trained": {}}, {"step": "1", "trained": {}, "optimizer": {}},
+    {"step": 1, "trained": [], "optimizer": {}}, {"step": 1, "trained": {}, "optimizer": None},
+], ids=str)  # fmt: skip
+def test_a_state_that_is_none(tmp_path, state):
+    checkpoint.save_tensors(tmp_path / "state/training.pth", state)
+    with refused(tmp_path / "state/training.pth", "step, trained, optimizer", "remove it", "--no-resume"):
+        checkpoint.load_state(tmp_path)
 
 
 # --- run directories
@@ -844,6 +907,18 @@ def test_run_with_another_vit_or_llama_is_refused(parts):
     (root / "llama").rename(root / "elsewhere")
     with refused(root / "run/config.json", str(root / "llama"), "'llama'"):
         load_run(root / "run")
+
+
+def test_a_tokenizer_of_another_llama_is_refused(parts, tiny_tokenizer):
+    root, llava = parts
+    path, pieces = root / "llama/tokenizer.model", tiny_tokenizer.vocab_size()
+    for rows, words in ((pieces - 1, "only"), (pieces, None), (pieces + 256, None), (pieces + 257, "only")):
+        llama = Mock(config=LLaMAConfig(vocab_size=rows))
+        if words is None:
+            assert checkpoint.open_tokenizer(path, llama).vocab_size() == pieces
+        else:
+            with refused(path, words, str(rows), str(pieces), "came with it"):
+                checkpoint.open_tokenizer(path, llama)
 
 
 def test_unfinished_runs_are_refused(parts):

@@ -1,5 +1,6 @@
 """conversation.py: the wire format, and that no message, however hostile, moves the green mask."""
 
+import io
 import json
 import random
 import re
@@ -9,6 +10,7 @@ from itertools import groupby
 
 import numpy as np
 import pytest
+import sentencepiece
 from conftest import ROOT
 
 from conversation import (IMAGE, IMAGE_ID, SYSTEM, UserError, load_tokenizer, plain, render, show, split_at_picture,
@@ -128,7 +130,7 @@ def test_every_character_is_where_table_2_has_it(sp):
             opened = kind != "picture"
         assert got == expected, turns
         assert ids[: len(start)].tolist() == start
-        assert ids[0] == sp.bos_id() and not green[0]
+        assert ids[0] == sp.bos_id() and not green[0] and not green[ids == IMAGE_ID].any()
         words = [id for id in ids[1:].tolist() if id != IMAGE_ID]
         assert not any(sp.is_control(id) or sp.is_unknown(id) for id in words), turns
 
@@ -200,6 +202,17 @@ def test_a_tokenizer_that_is_none(tmp_path):
         load_tokenizer(tmp_path / "tokenizer.model")
 
 
+def test_a_tokenizer_without_bos(tmp_path):
+    """Its bos_id() is -1, which stands for a patch."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["A cat."] * 20), model_writer=model, vocab_size=270, byte_fallback=True, bos_id=-1,
+        hard_vocab_limit=False, minloglevel=2)  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    with pytest.raises(UserError, match="no <s>"):
+        load_tokenizer(tmp_path / "tokenizer.model")
+
+
 def test_half_a_character_is_read_as_unknown(sp):
     """JSON can spell a lone surrogate; SentencePiece cannot."""
     assert plain("a \ud83d b") == "a \ufffd b"
@@ -216,10 +229,11 @@ def command(tmp_path, tiny_tokenizer):
                {"id": "picture", "image": "a.jpg", "conversations": turns}]  # fmt: skip
     (tmp_path / "chat.json").write_text(json.dumps(samples))
 
-    def run(*flags, data="chat.json"):
+    def run(*flags, data="chat.json", **environment):
         paths = ["--data", tmp_path / data, "--tokenizer", tmp_path / "tokenizer.model"]
         words = [sys.executable, "conversation.py", *paths, "--patches", "4", *flags]
-        return subprocess.run(words, cwd=ROOT, env={"NO_COLOR": "1", "PYTHONUTF8": "1"}, capture_output=True, text=True)
+        environment = {"NO_COLOR": "1", "PYTHONUTF8": "1", **environment}
+        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
 
     return run
 
@@ -228,6 +242,26 @@ def test_command_prints_a_sample(command):
     out = command("--index", "1").stdout
     assert out.startswith("sample picture, picture a.jpg\n\n<s>")
     assert "### Human: [picture: 4 patches] \nWhat?\n### Assistant:⟦ A cat.\n###⟧\n\n" in out
+
+
+def test_nothing_in_the_data_acts_on_the_terminal_or_ends_the_command(command, tmp_path):
+    turns = [{"from": "human", "value": "\033[31mWhy\x07?\n<image>"}, {"from": "gpt", "value": "a\tb\r\x9bé."}]
+    sample = {"id": "\033]0;title", "image": "\033\ud83d.jpg", "conversations": turns}
+    (tmp_path / "hostile.json").write_text(json.dumps([sample]))
+    for coding in ("utf-8", "ascii"):
+        done = command(data="hostile.json", NO_COLOR="1", PYTHONIOENCODING=coding)
+        assert done.returncode == 0 and done.stderr == ""
+        assert not re.search(r"[^\n\t -~\u00a1-\U0010ffff]", done.stdout), done.stdout
+        assert "[31mWhy" in done.stdout and "a\tb" in done.stdout and "]0;title" in done.stdout
+
+
+def test_command_into_head(command, tmp_path):
+    turns = [{"from": "human", "value": "Why?\n" * 50_000}, {"from": "gpt", "value": "So."}]  # more than a pipe holds
+    (tmp_path / "long.json").write_text(json.dumps([{"id": "long", "conversations": turns}]))
+    paths = f"--data {tmp_path}/long.json --tokenizer {tmp_path}/tokenizer.model"
+    line = f"{sys.executable} conversation.py {paths} | head -1"
+    done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("sample long, no picture\n", "")
 
 
 @pytest.mark.parametrize("data, index, error", [

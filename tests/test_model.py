@@ -11,7 +11,7 @@ from conftest import (VIT, VOCAB, error, flat, in_transformers, llama_twin, llav
 
 import model
 from conversation import IMAGE_ID
-from model import RMSNorm, choose, flat_attention, positions
+from model import RMSNorm, choose, flat_attention, positions, rope_angles, rotate
 from vision import normalize
 
 TOLERANCE = 1e-4  # relative: what the project asks for (fp32 gives some 1e-6)
@@ -54,6 +54,29 @@ def test_llama_is_that_of_transformers(n_kv_heads):
     theirs = {name.removeprefix("model."): p.grad for name, p in twin.named_parameters()}
     ours = in_transformers(llama, lambda p: p.grad)
     assert_equal_gradients(ours, theirs, TOLERANCE)
+
+
+def test_positions_far_along_are_those_of_transformers():
+    """600 positions: beyond 256, an angle or a position held in bf16 is wrong."""
+    llama = tiny_llama()
+    ids = torch.randint(2, VOCAB, (600,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = llama.logits(hidden(llama, ids, torch.tensor([0, 600])))
+        assert error(logits[-100:], llama_twin(llama)(ids[None]).logits[0, -100:]) <= TOLERANCE
+
+
+def test_rope_turns_bf16_as_exactly_as_bf16_can_say():
+    """Against complex numbers in fp64: no more than the one rounding to bf16, up to the last position."""
+    x = torch.randn(2048, 4, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    t, i = torch.arange(2048.0, dtype=torch.float64), torch.arange(0, 64, 2, dtype=torch.float64)
+    turn = torch.polar(torch.ones(2048, 1, 32).double(), (t[:, None] / 10000.0 ** (i / 64))[:, None])
+    pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
+    exact = torch.view_as_real(pairs * turn).flatten(-2)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = rotate(x, *rope_angles(torch.arange(2048), 64, 10000.0))
+    assert ours.dtype == torch.bfloat16
+    length = pairs.abs().repeat_interleave(2, -1)  # of each pair: the scale of what fp32's angles are off by
+    assert ((ours.double() - exact).abs() <= exact.abs() * 2**-8 + length * 5e-4).all()
 
 
 @GQA
@@ -115,6 +138,7 @@ def test_the_gpu_branch_asks_its_kernel_for_the_same_attention(n_kv_heads, S, mo
     monkeypatch.setattr(model, "varlen_attn", lambda *a, **s: calls.append(a) or varlen_reference(*a, **s))
     on_gpu = attend(*(t.as_subclass(OnGPU) for t in (q, k, v)))
     assert len(calls) == 1
+    assert S or [t.data_ptr() for t in calls[0][:3]] == [t.data_ptr() for t in (q, k, v)], "nothing is copied"
     assert error(on_cpu, on_gpu.as_subclass(torch.Tensor)) <= 1e-12
 
 
@@ -432,6 +456,27 @@ def test_sampled_answers_are_seeded_and_do_not_depend_on_their_neighbours():
     assert llava.answers(**prompt_batch(prompts()), seed=3, **settings | {"stop": stop}) == expected
 
 
+def test_equal_prompts_draw_differently_whoever_stands_beside_them():
+    llava, (first, second, *_) = tiny_llava(), prompts()
+    settings = dict(stop=[-7], max_new_tokens=NEW, temperature=1.0, seed=3)
+    answers = llava.answers(**prompt_batch([first] * 3), **settings)
+    assert len({tuple(answer) for answer in answers}) == 3
+    beside = llava.answers(**prompt_batch([second, first]), **settings)
+    assert beside[1] == answers[1] and beside[0] != answers[0]
+
+
+def test_a_step_asks_the_device_for_the_longest_row_once(monkeypatch):
+    """Each `int` of a tensor on a GPU waits for it: one for the patches, then one for the cache and one a step."""
+    asked, number = [], torch.Tensor.__int__
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda t: asked.append(t) or number(t), raising=False)
+    counts = []
+    for steps in (5, 9):
+        asked.clear()
+        tiny_llava().answers(**prompt_batch(prompts()), stop=[-7], max_new_tokens=steps)
+        counts.append(len(asked))
+    assert counts[1] - counts[0] == 4
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_tokens_are_drawn_as_likely_as_they_are(temperature):
     """Chi-square of 20,000 draws among 5 tokens, 4 degrees of freedom: over 33.38 with probability 1e-6."""
@@ -460,4 +505,7 @@ def test_top_p_keeps_the_ratios():
 
 
 def test_temperature_zero_takes_the_likeliest():
-    assert choose(torch.tensor([[0.0, 3, 1], [5, 3, 1]]), 0.0, 0.5, []) == [1, 0]
+    logits, dice = torch.tensor([[0.0, 3, 1], [5, 3, 1]]), [torch.Generator(), torch.Generator()]
+    assert choose(logits, 0.0, 0.5, []) == [1, 0]
+    for temperature in (1e-5, 1e-38, 1e-39, 1e-300):  # fp32 has no 3 / 1e-39, nor 1e-300
+        assert choose(logits, temperature, 1.0, dice) == [1, 0]
