@@ -242,6 +242,8 @@ def test_in_a_terminal(run):  # noqa: F811
         os.write(terminal, b"\x1b[A\x1b[A")  # up, up
         until(r"Which thing is red\?")
         os.write(terminal, b"\x03")
+        time.sleep(0.2)
+        os.write(terminal, b"\n")  # where another thread than the one that reads gets Ctrl-C, it acts with the next key
         until(r"> ")
         os.write(terminal, b"\x04")
         assert process.wait(timeout=20) == 0
