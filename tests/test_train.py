@@ -144,6 +144,35 @@ def test_training_lowers_the_loss_and_repeats_itself_by_seed(inputs, tmp_path):
     assert sum(losses["a"][-6:]) < sum(losses["a"][:6])
 
 
+def test_each_step_takes_the_logged_rate_no_weight_decay_and_clipped_gradients(inputs, tmp_path, monkeypatch):
+    seen, step = [], torch.optim.AdamW.step
+
+    def spy(self, *arguments):
+        (group,) = self.param_groups
+        norm = torch.cat([p.grad.flatten() for p in group["params"]]).norm().item()
+        seen.append((group["lr"], group["weight_decay"], norm))
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    monkeypatch.setattr(train, "MAX_GRAD_NORM", 1e-3)
+    in_process(flags(inputs, tmp_path, epochs=2, log_every=3))
+    rates, decays, norms = zip(*seen)
+    assert list(rates) == [train.learning_rate(t, 8, 2e-3, 0.03) for t in range(8)] and set(decays) == {0.0}
+    assert norms == pytest.approx([1e-3] * 8, rel=1e-2)
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == [3, 6, 8] and [line["lr"] for line in lines] == [rates[i] for i in (2, 5, 7)]
+    assert min(line["grad_norm"] for line in lines) > 2e-3  # the norm before clipping
+
+
+def test_w_starts_from_noise_of_the_seed(inputs, tmp_path):
+    noise = []
+    for seed in (0, 0, 1):
+        in_process(flags(inputs, tmp_path / f"{len(noise)}", max_steps=1, lr=0.0, seed=seed))
+        noise.append(torch.load(tmp_path / f"{len(noise)}/projector.pth", weights_only=True)["weight"])
+    assert torch.equal(noise[0], noise[1]) and not torch.equal(noise[0], noise[2])
+    assert noise[0].std().item() == pytest.approx(64**-0.5, rel=0.1)  # 2048 draws: 6 standard errors
+
+
 def test_bf16_autocast_is_near_fp32(inputs, tmp_path):
     for precision in ("bf16", "fp32"):
         in_process(flags(inputs, tmp_path / precision, precision=precision, max_steps=3))
@@ -251,6 +280,25 @@ def test_an_interrupted_run_goes_on_to_the_same_end(inputs, tmp_path, processes,
     assert torch.equal(*weights)
 
 
+def test_a_killed_run_goes_on_from_its_last_state_to_the_same_end(inputs, tmp_path):
+    arguments = flags(inputs, tmp_path / "whole", workers=1, save_every=3) + ["--epochs", "12"]
+    run(arguments)
+    out = tmp_path / "killed"
+    arguments[arguments.index("--out") + 1] = str(out)
+    child = subprocess.Popen([sys.executable, "train.py", *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    while child.poll() is None and not ((out / "metrics.jsonl").is_file() and len(metrics(out)) >= 7):
+        time.sleep(0.02)
+    child.kill()
+    child.wait()
+    step = checkpoint.load_state(out)["step"]
+    assert 3 <= step <= len(metrics(out)) < 48 and step % 3 == 0 and not (out / "projector.pth").exists()
+    run(arguments)
+    expected, got = ([{k: v for k, v in line.items() if k != "seconds"} for line in metrics(o)] for o in (tmp_path / "whole", out))
+    assert got == expected
+    assert torch.equal(*(torch.load(o / "projector.pth", weights_only=True)["weight"] for o in (tmp_path / "whole", out)))
+
+
 def test_a_finished_run_is_left_alone_and_other_settings_are_refused(inputs, tmp_path):
     arguments = flags(inputs, tmp_path, max_steps=2)
     in_process(arguments)
@@ -259,6 +307,9 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(inputs, tmp
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     with pytest.raises(UserError, match="begun with --lr 0.002, now it is 0.5.*--no-resume"):
         in_process(arguments + ["--lr", "0.5"])
+    for other in (["--batch-size", "4"], ["--seed", "1"], ["--precision", "bf16"]):
+        with pytest.raises(UserError, match=f"begun with {other[0]}"):
+            in_process(arguments + other)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     in_process(arguments + ["--lr", "0.5", "--no-resume"])
     assert metrics(tmp_path)[0]["lr"] == 0.5
