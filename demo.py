@@ -29,11 +29,11 @@ from tqdm import tqdm, trange
 
 import checkpoint
 from conversation import IMAGE, IMAGE_ID, UserError, load_tokenizer, render, system_ids, tokenize
-from data import REQUESTS, from_caption, from_scienceqa
+from data import LETTERS, REQUESTS, from_caption, from_scienceqa
 from model import LLaMA, LLaMAConfig, flat_attention, positions
 from vision import VisionConfig, VisionTransformer, normalize
 
-RECIPE, SEED = "scenes", 1  # change RECIPE with the world or the training; both are in the shipped files' names
+RECIPE, SEED = "scenes2", 1  # change RECIPE with the world or the training; both are in the shipped files' names
 SHIPPED = Path(__file__).parent / "demo"
 LLAMA = SHIPPED / f"llama-{RECIPE}-seed{SEED}"
 VISION = SHIPPED / f"vit-{RECIPE}-seed{SEED}.pt"
@@ -253,25 +253,27 @@ def quiz_picture(subject: str, scene: Scene, dice: random.Random) -> dict:
     return dict(question=question, choices=choices, answer=answer, hint=hint, lecture=lecture, solution=solution)
 
 
-def quiz_text(subject: str, dice: random.Random) -> dict:
-    if subject == "natural science":
-        who, what = dice.sample(list(CLASSES), 3), dice.sample(HABITATS, 3)
-        facts = [f"The {a} lives in the {b}." for a, b in zip(who, what)]
-        question = dice.choice((f"Where does the {who[0]} live?", f"What is the home of the {who[0]}?"))
-        right, among, lecture = what[0], what, "A habitat is where an animal lives."
-    elif subject == "social science":
-        who, what = dice.sample(NAMES, 3), dice.sample(GOODS, 3)
-        facts = [f"{a} sells {b}." for a, b in zip(who, what)]
-        question = dice.choice((f"Who sells {what[0]}?", f"From whom can you buy {what[0]}?"))
-        right, among, lecture = who[0], who, "A seller gives goods for money."
-    else:
-        who, what = dice.sample(NAMES, 3), dice.sample(TEXTS, 3)
-        facts = [f"{a} wrote a {b}." for a, b in zip(who, what)]
-        question = dice.choice((f"What did {who[0]} write?", f"Which text is by {who[0]}?"))
-        right, among, lecture = what[0], what, "An author writes a text."
-    solution, hint = facts[0], " ".join(dice.sample(facts, 3))
-    choices, answer = options(dice, right, among, most=3)
-    return dict(question=question, choices=choices, answer=answer, hint=hint, lecture=lecture, solution=solution)
+def quiz_text(subject: str, dice: random.Random) -> list[dict]:
+    """One hint and three problems that it answers."""
+    givers, gifts, fact, wordings, lecture = {
+        "natural science": (tuple(CLASSES), HABITATS, "The {0} lives in the {1}.",
+                            ("Where does the {0} live?", "What is the home of the {0}?"),
+                            "A habitat is where an animal lives."),
+        "social science": (NAMES, GOODS, "{0} sells {1}.", ("Who sells {1}?", "From whom can you buy {1}?"),
+                           "A seller gives goods for money."),
+        "language science": (NAMES, TEXTS, "{0} wrote a {1}.", ("What did {0} write?", "Which text is by {0}?"),
+                             "An author writes a text."),
+    }[subject]  # fmt: skip
+    pairs = list(zip(dice.sample(givers, 3), dice.sample(gifts, 3)))
+    hint = " ".join(fact.format(*pair) for pair in pairs)
+    problems = []
+    for pair in dice.sample(pairs, 3):
+        wording = dice.choice(wordings)
+        asked_for = 0 if "{1}" in wording else 1  # the giver or the gift
+        choices, answer = options(dice, pair[asked_for], [p[asked_for] for p in pairs], most=3)
+        problems.append(dict(question=wording.format(*pair), choices=choices, answer=answer, hint=hint, lecture=lecture,
+                             solution=fact.format(*pair)))  # fmt: skip
+    return problems
 
 
 def quiz_fact(subject: str, dice: random.Random) -> dict:
@@ -300,7 +302,7 @@ def quiz(dice: random.Random, held_out: bool = False) -> tuple[dict, Scene | Non
         scene = draw_scene(dice, held_out)
         problem = quiz_picture(subject, scene, dice)
     else:
-        problem = quiz_text(subject, dice) if kind == "text" else quiz_fact(subject, dice)
+        problem = quiz_text(subject, dice)[0] if kind == "text" else quiz_fact(subject, dice)
     problem |= dict(image="image.png" if scene else None, task="closed choice", grade=f"grade{dice.randint(1, 12)}",
                     subject=subject, topic=subject.split()[0], category=kind, skill=f"{subject}: {kind}")  # fmt: skip
     return problem, scene
@@ -552,9 +554,32 @@ def in_words(scene: Scene, dice: random.Random) -> list[str]:
     return words + ["blank"] * dice.choice((0, 0, 1, 2, 4))
 
 
+DRILLED = (*COLOURS, *SHAPES, *PLACES, *HABITATS, *NAMES, *GOODS, *TEXTS, *SIZES)
+KINDS = dict(caption=3, conversation=5, detail=1, reasoning=2, quiz=5, drill=6)  # what the LLaMA reads, and how often
+
+
+def options_line(words) -> str:
+    return "Options: " + " ".join(f"({letter}) {word}" for letter, word in zip(LETTERS, words))
+
+
+def drill(dice: random.Random) -> list[str]:
+    """Three questions about one list of options, or about one text: practice in finding what was said before."""
+    if dice.random() < 0.6:
+        words = dice.sample(DRILLED, dice.choice((2, 2, 2, 3, 4)))
+        first, chosen = options_line(words), dice.choices(range(len(words)), k=3)
+        turns = [(f"Which is {words[i]}?", f"{words[i]}. The answer is {LETTERS[i]}.") for i in chosen]
+    else:
+        problems = quiz_text(dice.choice(("natural science", "social science", "language science")), dice)
+        first, turns = problems[0]["hint"], [(p["question"], p["solution"]) for p in problems]
+    messages = [message for turn in turns for message in turn]
+    return [f"{first}\n{messages[0]}", *messages[1:]]
+
+
 def told(dice: random.Random) -> tuple[list[str], Scene | None]:
     """What the LLaMA practises on: a conversation (with `<image>` where the scene's words go) and its scene."""
-    kind = dice.choices(("caption", "conversation", "detail", "reasoning", "quiz"), (4, 8, 1, 2, 5))[0]
+    kind = dice.choices(list(KINDS), list(KINDS.values()))[0]
+    if kind == "drill":
+        return drill(dice), None
     if kind == "quiz":
         problem, scene = quiz(dice)
         record = problem | dict(id="", image_path=problem["image"])
@@ -573,30 +598,36 @@ def with_picture(turns: list[str], dice: random.Random) -> list[str]:
 
 
 def in_chords(scene: Scene, dice: random.Random) -> list[list[tuple[str, float]]]:
-    """The scene as positions that each sound several words of one thing at once -> (word, loudness) of each position.
+    """The scene as positions that each sound several words at once -> (word, loudness) of each position.
 
-    The things' positions are shuffled among each other, so a chord must be understood by itself.
+    The positions of things and of empty places are shuffled among each other, so a chord must be understood by
+    itself; in some, a faint word of another thing sounds too.
     """
-    chords = [[("blank", 1.0)]] * dice.randint(6, 24)
+    empty = free(scene)
+    chords = [[("blank", dice.uniform(0.4, 1.2)), (place, dice.uniform(0, 1.2))]
+              for place in dice.choices(empty, k=dice.randint(6, 24))]  # fmt: skip
     for t in scene:
         for _ in range(dice.randint(3, 6)):
             words = [word for word in vars(t).values() if dice.random() < 0.85] or [t.place]
             chords.append([(word, dice.uniform(0.4, 1.2)) for word in words])
+    for chord in chords:
+        if dice.random() < 0.3:
+            chord.append((dice.choice(list(vars(dice.choice(scene)).values())), dice.uniform(0, 0.3)))
     return dice.sample(chords, len(chords))
 
 
 def spell(sp, turns: list[str], scene: Scene | None, dice: random.Random, chords: bool = False):
     """A conversation with its scene told exactly where a picture's patches would be.
 
-    Returns ids (T, 4) and loudness (T, 4) of the words at each position (only a chord has more than one), green (T,).
+    Returns ids (T, 5) and loudness (T, 5) of the words at each position (only a chord has more than one), green (T,).
     """
-    told = []
+    telling = []
     if scene is not None:
-        told = in_chords(scene, dice) if chords else [[(word, 1.0)] for word in in_words(scene, dice)]
-    first, green = tokenize(sp, turns, len(told))
-    ids, loudness = (np.zeros((len(first), len(ATTRIBUTES)), kind) for kind in (np.int64, np.float32))
+        telling = in_chords(scene, dice) if chords else [[(word, 1.0)] for word in in_words(scene, dice)]
+    first, green = tokenize(sp, turns, len(telling))
+    ids, loudness = (np.zeros((len(first), len(ATTRIBUTES) + 1), kind) for kind in (np.int64, np.float32))
     ids[:, 0], loudness[:, 0] = first, 1
-    for position, chord in zip(np.flatnonzero(first == IMAGE_ID), told):
+    for position, chord in zip(np.flatnonzero(first == IMAGE_ID), telling):
         for i, (word, loud) in enumerate(chord):
             ids[position, i], loudness[position, i] = sp.piece_to_id("\u2581" + word), loud
     return ids, loudness, green
@@ -605,11 +636,9 @@ def spell(sp, turns: list[str], scene: Scene | None, dice: random.Random, chords
 # --- the recipe of the backbones
 
 VOCAB = 1024
-LLAMA_SHAPE = dict(dim=128, n_layers=4, n_heads=4, n_kv_heads=4, ffn_dim=352, vocab_size=VOCAB, norm_eps=1e-5)
-LLAMA_TRAINING = (  # phases: the second reads half of the scenes in chords
-    dict(steps=5000, batch_size=32, lr=3e-3, chords=0.0),
-    dict(steps=1500, batch_size=32, lr=1.5e-3, chords=0.5),
-)
+LLAMA_SHAPE = dict(dim=128, n_layers=4, n_heads=8, n_kv_heads=8, ffn_dim=352, vocab_size=VOCAB, norm_eps=1e-5)
+LLAMA_DRILLS = dict(steps=900, batch_size=64, lr=1e-3, muon_lr=5e-3)
+LLAMA_TRAINING = dict(steps=2600, batch_size=32, lr=2e-3, muon_lr=7e-3, chords=0.5)
 VIT_SHAPE = dict(image_size=PIXELS, patch_size=PATCH, width=128, layers=4)
 VIT_TRAINING = dict(steps=1000, batch_size=128, lr=1.5e-3)
 
@@ -671,21 +700,63 @@ def new_llama() -> LLaMA:
     return llama
 
 
-def train_llama(llama: LLaMA, sp, dice: random.Random, steps: int, batch_size: int, lr: float, chords: float):
+def optimizers_of(llama: LLaMA) -> tuple:
+    """Muon for the matrices of the blocks, AdamW for what is no such matrix."""
+    matrices = [p for p in llama.layers.parameters() if p.dim() == 2]
+    others = [p for name, p in llama.named_parameters() if p.dim() != 2 or not name.startswith("layers.")]
+    return (torch.optim.Muon(matrices, momentum=0.95, weight_decay=0.05),
+            torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0))  # fmt: skip
+
+
+def descend(optimizers: tuple, loss: torch.Tensor):
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def drill_llama(llama: LLaMA, sp, optimizers, dice: random.Random, steps, batch_size, lr, muon_lr):
+    """The first lesson: the letter of the option that was named, with first 2, then 3, then 5 options to choose from.
+
+    Attention that looks up what stood beside a word forms here within a minute; among all else that there is to learn
+    it did not form in 3,000 steps.
+    """
+    words = [word for word in DRILLED if len(sp.encode(word)) == 1]
+    start = len(system_ids(sp))  # where a conversation's own positions begin
+    bar, mean = trange(steps, desc="LLaMA, drills", mininterval=2), 0.0
+    for step in bar:
+        most, samples = (2 if step < 200 else 3 if step < 400 else 5), []
+        for _ in range(batch_size):
+            listed_words = dice.sample(words, dice.randint(2, most))
+            i = dice.randrange(len(listed_words))
+            said = f"Which is {listed_words[i]}? {listed_words[i]}. The answer is {LETTERS[i]}"
+            samples.append(sp.encode(f"{options_line(listed_words)} {said}"))
+        ids, cu_seqlens = torch.tensor(sum(samples, [])), torch.tensor([0, *map(len, samples)]).cumsum(0).int()
+        letters = ids[cu_seqlens[1:] - 1]  # (B,)
+        with torch.autocast("cpu", torch.bfloat16):
+            x = llama.tok_embeddings(ids)
+            x = llama(x, positions(cu_seqlens, start), padded_attention(cu_seqlens, len(llama.layers)))
+            logits = llama.logits(x[cu_seqlens[1:].long() - 2]).float()
+        for optimizer, peak in zip(optimizers, (muon_lr, lr)):
+            optimizer.param_groups[0]["lr"] = peak * min(1, (step + 1) / 40)
+        descend(optimizers, F.cross_entropy(logits, letters))
+        mean = 0.95 * mean + 0.05 * (logits.argmax(-1) == letters).float().mean().item()
+        bar.set_postfix(right=f"{mean:.2f}", refresh=False)
+
+
+def train_llama(llama: LLaMA, sp, optimizers, dice: random.Random, steps, batch_size, lr, muon_lr, chords):
     """Trains by the loss over green tokens on text alone: no picture comes in, and no feature of one.
 
     chords: the share of scenes that are told in chords instead of words.
     """
-    matrices, gains = ([p for p in llama.parameters() if (p.dim() == 2) == is_matrix] for is_matrix in (True, False))
-    groups = [dict(params=matrices, weight_decay=0.05), dict(params=gains, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
     system, n_layers = torch.tensor(system_ids(sp)), len(llama.layers)
     S = len(system)
     bar, mean = trange(steps, desc="LLaMA", mininterval=2), None
     for step in bar:
         samples = [spell(sp, *told(dice), dice, dice.random() < chords) for _ in range(batch_size)]
         parts = [[torch.from_numpy(part[S:]) for part in sample] for sample in samples]  # without the system message
-        ids, loudness, green = (torch.cat(part) for part in zip(*parts))  # (N, 4), (N, 4), (N,)
+        ids, loudness, green = (torch.cat(part) for part in zip(*parts))  # (N, 5), (N, 5), (N,)
         cu_seqlens = torch.tensor([0] + [len(ids) for ids, _, _ in parts]).cumsum(0).int()
         with torch.autocast("cpu", torch.bfloat16):
             prefix = []  # keys and values of the system message: the same for all samples, so computed once
@@ -695,13 +766,11 @@ def train_llama(llama: LLaMA, sp, dice: random.Random, steps: int, batch_size: i
             x = llama(x, positions(cu_seqlens, S), padded_attention(cu_seqlens, n_layers, prefix))
             is_target = green.nonzero().squeeze(1)
             loss = F.cross_entropy(llama.logits(x[is_target - 1]).float(), ids[is_target, 0])
-        rate = schedule(optimizer, step, steps, lr)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
-        optimizer.step()
+        for optimizer, peak in zip(optimizers, (muon_lr, lr)):
+            schedule(optimizer, step, steps, peak)
+        descend(optimizers, loss)
         mean = loss.item() if mean is None else 0.95 * mean + 0.05 * loss.item()
-        bar.set_postfix(loss=f"{mean:.3f}", lr=f"{rate:.1e}", refresh=False)
+        bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
 
 
 def neighbours(scene: Scene, n: int, dice: random.Random) -> list[Scene]:
@@ -812,9 +881,10 @@ def build(folder: Path):
     llama_folder, vision = folder / LLAMA.name, folder / VISION.name
     llama_folder.mkdir(parents=True, exist_ok=True)
     sp = train_tokenizer(llama_folder / "tokenizer.model")
-    llama, dice = new_llama(), random.Random(f"llama {SEED}")
-    for phase in LLAMA_TRAINING:
-        train_llama(llama, sp, dice, **phase)
+    llama = new_llama()
+    optimizers = optimizers_of(llama)
+    drill_llama(llama, sp, optimizers, random.Random("drill"), **LLAMA_DRILLS)
+    train_llama(llama, sp, optimizers, random.Random(f"llama {SEED}"), **LLAMA_TRAINING)
     weights = {name: p.half() for name, p in llama.state_dict().items()}
     torch.save(weights, llama_folder / "consolidated.00.pth")
     shape = {k: LLAMA_SHAPE[k] for k in ("dim", "n_layers", "n_heads", "vocab_size", "norm_eps")} | dict(multiple_of=32)
