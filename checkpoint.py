@@ -579,7 +579,8 @@ def load_vision(path, feature_layer: int = FEATURE_LAYER, dtype=torch.float32) -
     fill(vision, parts, dtype, path)
     unlike = [f"transformer.resblocks.{i}" for i in range(layers) if blocks.get(i) != blocks.get(0)]
     if unlike:  # what `fill` has not seen, or a gap
-        raise UserError(f"{path}: the weights are not complete or of another model; {few(unlike)} is not like block 0")
+        raise UserError(f"{path}: the weights are not complete or of another model; {few(unlike)} is not like block 0; "
+                        "download it again")  # fmt: skip
     return vision
 
 

@@ -12,6 +12,7 @@ comes. So 595K samples are an array of offsets, shared by all worker processes, 
 """
 
 import json
+import lzma
 import mmap
 import random
 import zipfile
@@ -104,7 +105,7 @@ def scienceqa_question(record: dict) -> str:
     return text + (f"\n{IMAGE}" if record["image_path"] else "")
 
 
-def readable(name: str) -> str:
+def short(name: str) -> str:
     """A name from a file, for a message: not long, and no character of it acts on the terminal."""
     return repr(name)[1:-1][:80]
 
@@ -169,7 +170,7 @@ class Records:
             ) from None
         except (ValueError, RecursionError) as error:
             name = record.get("id", record.get("image", "")) if isinstance(record, dict) else ""
-            name = f" (id {readable(str(name).encode('latin-1', 'replace').decode(errors='replace'))})" if name else ""
+            name = f" (id {short(str(name).encode('latin-1', 'replace').decode(errors='replace'))})" if name else ""
             raise UserError(f"{path}: sample {len(spans)}{name}: {str(error)[:300]}; mend or remove it") from None
         if not spans:
             raise UserError(f"{path}: holds no samples")
@@ -338,7 +339,8 @@ class Pictures:
             if size > MAX_BYTES:
                 raise OSError(f"{size} bytes are over the limit of {MAX_BYTES}")
             return read()
-        except (KeyError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        except (KeyError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error,
+                lzma.LZMAError, EOFError) as error:  # fmt: skip
             reason = "it is not there" if isinstance(error, (KeyError, FileNotFoundError)) else str(error)[:200]
             raise ValueError(f"cannot be read from {self.path}: {reason}") from None
 
@@ -389,7 +391,7 @@ class Encoder:
                     raise ValueError("give its folder or zip as --images")
                 pixels = preprocess(open_picture(self.pictures.read(example.image)), self.image_size)
             except ValueError as error:
-                raise ValueError(f"sample {readable(example.id)}: picture {readable(example.image)}: {error}") from None
+                raise ValueError(f"sample {short(example.id)}: picture {short(example.image)}: {error}") from None
         assert ids[: len(self.prefix)].tolist() == self.prefix, "every sample starts with the system message"
         return ids[len(self.prefix) :], green[len(self.prefix) :], pixels, cut
 

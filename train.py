@@ -118,7 +118,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be 1 or more")
     for name in ("save_every", "workers", "lr", "seed"):
         if not 0 <= getattr(a, name) < 2**63:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be a number, 0 or more")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be a number, 0 or more, below 2**63")
     if a.max_steps is not None and a.max_steps < 1:
         raise UserError(f"--max-steps {a.max_steps}: must be 1 or more")
     if not 0 <= a.warmup_ratio <= 1:
@@ -208,7 +208,7 @@ def open_run(a, config: dict, rank: int) -> dict | None:
         begun = checkpoint.read_json(path, dict).get("settings") if path.is_file() else None
         if not isinstance(begun, dict):
             raise UserError(f"{a.out}: is there already and is no run of train.py; give another --out")
-    if a.resume and begun:
+    if a.resume and begun is not None:
         state = checkpoint.load_state(a.out)
         for name, now in config["settings"].items():
             if state and name not in MAY_CHANGE and begun.get(name) != now:
@@ -332,6 +332,8 @@ def train(a, rank: int, world: int, device: torch.device):
     if state:
         start = state["step"]
         try:
+            if state["trained"].keys() != {name for name, p in model.named_parameters() if p.requires_grad}:
+                raise ValueError("it has other parameters")
             model.load_state_dict(state["trained"], strict=False)
             optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -348,7 +350,7 @@ def train(a, rank: int, world: int, device: torch.device):
             weights = {name: p for name, p in model.state_dict().items() if name in names}
             checkpoint.save_state(a.out, dict(step=step, trained=weights, optimizer=optimizer.state_dict()), step)
             if for_use:
-                checkpoint.save_run(a.out, model, config, tokenizer, a.stage)
+                checkpoint.save_run(a.out, model, config | {"step": step}, tokenizer, a.stage)
 
     runner = DistributedDataParallel(model) if dist.is_initialized() else model
     loader = DataLoader(steps, batch_size=None, sampler=range(start, total), num_workers=a.workers,
@@ -408,7 +410,8 @@ def train(a, rank: int, world: int, device: torch.device):
     bar.close()
     if cut_samples:
         say(f"{cut_samples} samples were longer than --max-length {a.max_length} and were cut")
-    if t > start or not state or not (a.out / "projector.pth").is_file():  # it was killed between its two saves
+    saved = checkpoint.read_json(a.out / "config.json", dict).get("step")
+    if saved != t or not (a.out / "projector.pth").is_file():  # else nothing was left to do
         save(t)
     if t < total:
         say(f"stopped after step {t} of {total}; the same command goes on from there ({a.out})")

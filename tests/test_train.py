@@ -330,9 +330,12 @@ def test_a_run_that_lost_a_part_says_so_or_mends_it(inputs, tmp_path):
     arguments = flags(inputs, tmp_path, max_steps=2)
     in_process(arguments)
     W = (tmp_path / "projector.pth").read_bytes()
-    (tmp_path / "projector.pth").unlink()  # as if killed between the two saves
-    in_process(arguments)
-    assert (tmp_path / "projector.pth").read_bytes() == W
+    config = json.loads((tmp_path / "config.json").read_text())
+    for step, old in ((2, None), (1, b"W of an earlier step")):  # as if killed between the two saves, or before the second
+        (tmp_path / "config.json").write_text(json.dumps(config | {"step": step}))
+        (tmp_path / "projector.pth").unlink() if old is None else (tmp_path / "projector.pth").write_bytes(old)
+        in_process(arguments)
+        assert (tmp_path / "projector.pth").read_bytes() == W
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write("no metrics\n")
     in_process(arguments)
@@ -340,6 +343,9 @@ def test_a_run_that_lost_a_part_says_so_or_mends_it(inputs, tmp_path):
     state = checkpoint.load_state(tmp_path)
     checkpoint.save_state(tmp_path, state | {"trained": {"projector.weight": torch.zeros(3, 3)}}, 1)
     with pytest.raises(UserError, match="state: is of another model"):
+        in_process(arguments)
+    checkpoint.save_state(tmp_path, state | {"trained": {}}, 1)
+    with pytest.raises(UserError, match="state: is of another model .*other parameters"):
         in_process(arguments)
     (tmp_path / "state/training.pth").unlink()
     with pytest.raises(UserError, match="no state/ to go on from"):
