@@ -1,5 +1,6 @@
 """chat.py: streaming, turns, commands, one shot from a script, a terminal, bad input; on the tiny random run."""
 
+import contextlib
 import io
 import json
 import os
@@ -221,32 +222,40 @@ def test_in_a_terminal(run):  # noqa: F811
     os.close(inner)
     seen = ""
 
-    def until(pattern, timeout=60):
+    def shows(pattern, seconds=2.0):
+        """Whether it is shown by then; what came before it is forgotten."""
         nonlocal seen
-        deadline = time.time() + timeout
-        while not re.search(pattern, seen):
-            ready, _, _ = select.select([terminal], [], [], 1)
-            assert time.time() < deadline, f"{pattern} did not come: {seen[-500:]!r}"
-            if ready:
-                seen += os.read(terminal, 4096).decode("utf-8", "replace")
-        seen = seen[re.search(pattern, seen).end() :]
+        deadline = time.time() + seconds
+        while not (found := re.search(pattern, seen)) and time.time() < deadline and process.poll() is None:
+            if select.select([terminal], [], [], 0.1)[0]:
+                with contextlib.suppress(OSError):  # the chat has ended
+                    seen += os.read(terminal, 4096).decode("utf-8", "replace")
+        seen = seen[found.end() :] if found else seen
+        return bool(found)
+
+    def until(pattern):
+        assert shows(pattern, 60), f"{pattern} did not come: {seen[-500:]!r}"
+
+    def press(key, pattern):
+        """Again until the pattern shows, as a user would: a key pressed between two prompts can get lost."""
+        for _ in range(30):
+            os.write(terminal, key)
+            if shows(pattern) or process.poll() is not None:
+                return
+        raise AssertionError(f"{key} did nothing: {seen[-500:]!r}")
 
     try:
         until("> ")
         os.write(terminal, b"Which thing is red?\n")
         until(r"red\?\r\n.{60}")  # an answer without end is under way
-        os.write(terminal, b"\x03")
-        until(r"stopped[^>]*> ")
+        press(b"\x03", r"stopped[^>]*> ")
         os.write(terminal, b"/reset\n")
         until(r"begun anew[^>]*> ")
         os.write(terminal, b"\x1b[A\x1b[A")  # up, up
         until(r"Which thing is red\?")
-        os.write(terminal, b"\x03")
-        time.sleep(0.2)
-        os.write(terminal, b"\n")  # where another thread than the one that reads gets Ctrl-C, it acts with the next key
-        until(r"> ")
-        os.write(terminal, b"\x04")
-        assert process.wait(timeout=20) == 0
+        press(b"\x03", r"stopped[^>]*> ")
+        press(b"\x04", "no such thing shows: it ends")
+        assert process.wait() == 0
     finally:
         process.kill()
         os.close(terminal)
