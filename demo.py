@@ -5,6 +5,7 @@ from scenes: pictures, captions, conversations of the paper's three types, and a
 Training and held-out scenes are disjoint: which a scene is follows from a hash of all that is in it.
 
     python demo.py draw DIR       # the demo's data, as train.py would make it by itself
+    python demo.py report [RUN]   # the figures of the demo's runs again
     python demo.py build          # the backbones in demo/ anew, from nothing: tokenizer, LLaMA, ViT
 """
 
@@ -527,11 +528,34 @@ def exam(name: str, shift: int = 0) -> list[tuple[str, str]]:
     return [(f"{IMAGE}\n{q}", s.image.name) for h, s in zip(held_out, shown) for q, _ in h.questions[:ASKED]]
 
 
+def quiz_report(scores: dict[str, dict]) -> str:
+    """The science quiz by category: a line for each evaluation's scores, and what choosing at random would give."""
+    from eval_scienceqa import CATEGORIES, categories  # which needs this file, but is read before it
+
+    problems = checkpoint.read_json(FOLDER / "scienceqa" / "problems.json", dict).values()
+    shares = {name: [100 / len(p["choices"]) for p in problems if p["split"] == "test" and name in categories(p)]
+              for name in CATEGORIES}  # fmt: skip
+    rows = scores | {"chance: a choice at random": {name: sum(s) / max(1, len(s)) for name, s in shares.items()}}
+    lines = [f"{'% of the science quiz right':32}" + "".join(f"{name:>7}" for name in CATEGORIES)]
+    for name, row in rows.items():
+        lines.append(f"  {name:30}" + "".join(f"{'-' if v is None else format(v, '.1f'):>7}" for v in row.values()))
+    return "\n".join(lines)
+
+
 def report(run: Path) -> str:
-    """The figures of a run of the demo, from the answers that train.py kept in its directory."""
-    kept = checkpoint.read_json(run / "exam.json", dict)
-    write = {"stage1": caption_report, "chat": chat_report}[kept.pop("name")]
-    return write(**kept, held_out=heldout(FOLDER))
+    """The figures of a run of the demo, from the answers that train.py and eval_scienceqa.py kept in its directory.
+
+    Raises UserError if there are none.
+    """
+    if (run / "exam.json").is_file():
+        kept = checkpoint.read_json(run / "exam.json", dict)
+        write = {"stage1": caption_report, "chat": chat_report}[kept.pop("name")]
+        return write(**kept, held_out=heldout(FOLDER))
+    scores = {path.stem: checkpoint.read_json(path, dict)["scores"] for path in sorted(run.glob("answers_*.json"))}
+    if not scores:
+        raise UserError(f"{run}: holds no answers of the demo; train it to its end (train.py without paths), and a run "
+                        "of the quiz evaluate (eval_scienceqa.py)")  # fmt: skip
+    return quiz_report(scores)
 
 
 # --- text alone, which the LLaMA reads before: the scene told in words where a picture would stand
@@ -900,11 +924,17 @@ def main():
     command.add_argument("folder", type=Path, metavar="DIR")
     command = commands.add_parser("build", help="make the backbones anew")
     command.add_argument("--out", type=Path, default=SHIPPED, metavar="DIR", help=f"where (default {SHIPPED})")
+    command = commands.add_parser("report", help="print the figures of the demo's runs again")
+    command.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run directories (default: all in runs/)")
     arguments = parser.parse_args()
     if arguments.command == "draw":
         prepare(arguments.folder)
-    else:
+    elif arguments.command == "build":
         build(arguments.out)
+    else:
+        kept = [*Path("runs").glob("*/exam.json"), *Path("runs").glob("*/answers_*.json")]
+        for run in arguments.runs or sorted({path.parent for path in kept}):
+            print(f"--- {run}\n{report(run)}\n")
 
 
 if __name__ == "__main__":

@@ -266,15 +266,20 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--batch-size", type=int, default=32, help="questions that a process answers at once")
     add("--max-new-tokens", type=int, default=1024, help="an answer is cut after so many")
     add("--out", type=Path, metavar="FILE", help="the JSON to write, and next to it the page, .html "
-        "(None: RUN/answers_SPLIT.json; PREDICTIONS_scored.json)")  # fmt: skip
+        "(None: RUN/answers_SPLIT.json, or answers_SPLIT_swapped.json; PREDICTIONS_scored.json)")  # fmt: skip
     add("--predictions", type=Path, metavar="FILE", help="score these answers, {id: text} as JSON; no model is loaded")
     add("--missing-pictures-as-text", action="store_true", help="ask problems without their picture where it is absent")
+    add("--swap-pictures", action="store_true", help="show each problem the picture of the next one that has one: what "
+        "is right even so was not seen")  # fmt: skip
     a = parser.parse_args(argv)
     if a.batch_size < 1 or a.max_new_tokens < 1:
         raise UserError("--batch-size and --max-new-tokens must be 1 or more")
+    if a.predictions and a.swap_pictures:
+        raise UserError("--swap-pictures asks a model, --predictions loads none; leave one out")
     if a.out is None and a.predictions:
         a.out = a.predictions.with_name(a.predictions.stem + "_scored.json")
-    a.out = a.out or a.model / f"answers_{re.sub('[^A-Za-z0-9_-]', '_', a.split)}.json"
+    name = "answers_" + re.sub("[^A-Za-z0-9_-]", "_", a.split) + "_swapped" * a.swap_pictures
+    a.out = a.out or a.model / f"{name}.json"
     if a.out.suffix == ".html" or a.out.is_dir():
         raise UserError(f"--out {a.out}: must name the JSON file; the page goes next to it as .html")
     if a.predictions and a.out.resolve() == a.predictions.resolve():
@@ -295,6 +300,10 @@ def evaluate(a, rank: int, world: int, device):
     problems = list({p["id"]: p for p in split.records}.values())
     if split.missing and rank == 0 and not a.predictions:
         print(f"{len(split.missing)} pictures are absent; those problems are asked without one")
+    if a.swap_pictures:
+        seen = [p for p in problems if p["image_path"]]
+        for problem, path in zip(seen, [p["image_path"] for p in seen[1:] + seen[:1]]):
+            problem["image_path"] = path
     if a.predictions:
         outputs, about = read_predictions(a.predictions), f"answers of {a.predictions}"
         strangers = len(outputs.keys() - {p["id"] for p in problems})
@@ -307,6 +316,7 @@ def evaluate(a, rank: int, world: int, device):
         outputs, eyes = answer(a, problems, rank, world, device)
         task = config.get("settings", {}).get("task", "an unknown task")
         about = f"{a.model}, trained for {task}: {config['template']}, {config['prompt']}, {eyes}"
+        about += ", each picture swapped for the next one" * a.swap_pictures
     if rank != 0:
         return
     result, title = score(problems, outputs), f"ScienceQA, split {a.split}"
