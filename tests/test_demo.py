@@ -11,8 +11,10 @@ import torch
 import checkpoint
 import data
 import demo
+import eval_scienceqa
 from conversation import UserError, load_tokenizer, stop_ids, surface, system_ids
 from vision import open_picture
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -135,3 +137,28 @@ def test_reports_count_what_is_right(folder, monkeypatch):
     assert re.search(r"before stage 2 +0.0\n  after +100.0\n", text)
     true, swapped = demo.exam("stage1"), demo.exam("stage1", 1)
     assert [a for a, _ in true] == [a for a, _ in swapped] and all(a != b for (_, a), (_, b) in zip(true, swapped))
+
+
+def test_report_reads_a_run_again(folder, tmp_path, monkeypatch, capsys):
+    """Stage 1 and chat from what train.py kept, the quiz from what eval_scienceqa.py wrote."""
+    monkeypatch.setattr(demo, "FOLDER", folder)
+    captions = [h.caption for h in demo.heldout(folder)]
+    kept = dict(name="stage1", before=[""] * len(captions), after=captions, swapped=captions[1:] + captions[:1])
+    for name in ("stage1", "quiz", "none"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "runs/stage1/exam.json").write_text(json.dumps(kept))
+    problems = {id: p for id, p in json.loads((folder / "scienceqa/problems.json").read_text()).items() if p["split"] == "test"}
+    records = [data.check_problem(id, p, folder) for id, p in problems.items()]
+    first = eval_scienceqa.score(records, dict.fromkeys(problems, "A"))
+    (tmp_path / "runs/quiz/answers_test.json").write_text(json.dumps(first))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["demo.py", "report"])
+    demo.main()
+    said = capsys.readouterr().out
+    assert re.search(r"--- runs/quiz\n.*Avg\n", said) and re.search(r"W trained +100.0", said) and "none" not in said
+    row = re.search(r"answers_test +(.*)", said)[1].split()
+    assert row[-1] == f"{100 * sum(p['answer'] == 0 for p in records) / len(records):.1f}"
+    chance = re.search(r"at random +(.*)", said)[1].split()
+    assert chance[-1] == f"{100 * sum(1 / len(p['choices']) for p in records) / len(records):.1f}"
+    with pytest.raises(UserError, match="holds no answers"):
+        demo.report(tmp_path / "runs/none")

@@ -216,6 +216,20 @@ def test_pictures_reach_the_model(alone, run, quiz, tmp_path):
     assert after["100"] != before["100"] and after["101"] == before["101"]
 
 
+def test_swapped_pictures_are_those_of_the_next_problem(alone, run, quiz, tmp_path):
+    with_picture = [id for id, p in json.loads((quiz / "problems.json").read_text()).items() if p["image"]]
+    shutil.copytree(quiz, tmp_path / "moved")
+    for id, other in zip(with_picture, with_picture[1:] + with_picture[:1]):
+        shutil.copy(quiz / f"images/test/{other}/image.png", tmp_path / f"moved/images/test/{id}/image.png")
+    outs = tmp_path / "swapped.json", tmp_path / "moved.json"
+    for out, *flags in ((outs[0], "--data", quiz, "--swap-pictures"), (outs[1], "--data", tmp_path / "moved")):
+        evaluate("--model", run, *flags, "--batch-size", 8, "--max-new-tokens", 12, "--out", out)
+    swapped, moved, true = (json.loads(path.read_text())["outputs"] for path in (*outs, alone))
+    assert swapped == moved and {id for id in true if swapped[id] != true[id]} - set(with_picture) == set()
+    assert sum(swapped[id] != true[id] for id in with_picture) > 4
+    assert "leave one out" in refused("--predictions", alone, "--data", quiz, "--swap-pictures")
+
+
 def test_two_processes_write_the_same(alone, run, quiz, tmp_path):
     out = tmp_path / "answers.json"
     flags = ("--model", run, "--data", quiz, "--batch-size", 8, "--max-new-tokens", 12, "--out", out)
