@@ -100,9 +100,12 @@ def from_scienceqa(record: dict, dice: random.Random) -> Example:
 
 def scienceqa_question(record: dict) -> str:
     """X_instruct of a problem: question, context and options, and the picture after them."""
-    options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, record["choices"]))
-    text = f"{record['question']}\nContext: {record['hint'] or 'N/A'}\nOptions: {options}".replace("  ", " ").strip()
-    return text + (f"\n{IMAGE}" if record["image_path"] else "")
+    lines = [record["question"], f"Context: {record['hint'] or 'N/A'}", options_line(record["choices"])]
+    return "\n".join(lines).replace("  ", " ").strip() + (f"\n{IMAGE}" if record["image_path"] else "")
+
+
+def options_line(choices: list[str]) -> str:
+    return "Options: " + " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices))
 
 
 def short(name: str) -> str:
@@ -209,7 +212,8 @@ class ScienceQA:
 
     kind = f"ScienceQA, {SCIENCEQA_PROMPT}"
 
-    def __init__(self, folder: Path, split: str = "train", missing_pictures_as_text: bool = False):
+    def __init__(self, folder: Path, split: str = "train", absent: str = "refuse"):
+        """absent: what becomes of problems whose picture is not there: `refuse` all, `text` (no picture), or `keep`."""
         if not (folder / "problems.json").is_file():
             raise UserError(f"{folder}: a folder without problems.json, so not ScienceQA's; for conversations or "
                             "captions give their JSON file")  # fmt: skip
@@ -218,7 +222,7 @@ class ScienceQA:
             raise UserError(f"{folder / 'pid_splits.json'}: has no split {split!r}; it has {', '.join(splits)}")
         self.records, missing = [], []
         for id in splits[split]:
-            if id not in problems:
+            if not isinstance(id, str) or id not in problems:
                 raise UserError(f"{folder}: split {split} names problem {id!r}, which problems.json does not hold")
             record = check_problem(id, problems[id], folder / "problems.json")
             if record["image"]:
@@ -227,14 +231,14 @@ class ScienceQA:
                     check_inside(path)
                 except ValueError as error:
                     raise UserError(f"{folder / 'problems.json'}: problem {id}: {error}") from None
-                if (folder / path).is_file():
+                is_there = (folder / path).is_file()
+                missing += [] if is_there else [id]
+                if is_there or absent == "keep":
                     record["image_path"] = path
-                else:
-                    missing.append(id)
             self.records.append(record)
         if not self.records:
             raise UserError(f"{folder}: split {split} is empty")
-        if missing and not missing_pictures_as_text:
+        if missing and absent == "refuse":
             raise UserError(
                 f"{folder}: the pictures of {len(missing)} of {len(self.records)} problems are absent (the first is "
                 f"{missing[0]}: images/{problems[missing[0]]['split']}/{missing[0]}/); unpack ScienceQA's pictures "
@@ -278,11 +282,11 @@ KINDS = {"LLaVA conversations": from_llava, "captions": from_caption, ScienceQA.
 class Examples:
     """The examples of all the data sets that --data names, one after another."""
 
-    def __init__(self, paths: list, seed: int = 0, split: str = "train", missing_pictures_as_text: bool = False):
+    def __init__(self, paths: list, seed: int = 0, split: str = "train", absent: str = "refuse"):
         self.seed, self.parts = seed, []
         for path in map(Path, paths):
             if path.is_dir():
-                self.parts.append(ScienceQA(path, split, missing_pictures_as_text))
+                self.parts.append(ScienceQA(path, split, absent))
             else:
                 self.parts.append(Records(path))
         self.starts = np.cumsum([0] + [len(part) for part in self.parts])
@@ -506,10 +510,6 @@ def open_for_display(arguments):
     if not 1 <= n_patches <= 10_000:
         raise UserError(f"--patches {n_patches}: a picture takes 1 to 10000 positions")
     if arguments.data:
-        examples = Examples(arguments.data, split=arguments.split, missing_pictures_as_text=True)
-        for part in examples.parts:
-            for record in part.records if isinstance(part, ScienceQA) else ():
-                record["image_path"] = record["image"] or None  # absent or not: it is shown where it would stand
-        return sp, examples, n_patches
+        return sp, Examples(arguments.data, split=arguments.split, absent="keep"), n_patches
     demo.prepare(demo.FOLDER)
     return sp, Examples([demo.FOLDER / "captions.json"]), n_patches

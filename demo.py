@@ -30,7 +30,7 @@ from tqdm import tqdm, trange
 
 import checkpoint
 from conversation import IMAGE, IMAGE_ID, UserError, load_tokenizer, render, system_ids, tokenize
-from data import LETTERS, REQUESTS, from_caption, from_scienceqa
+from data import LETTERS, REQUESTS, from_caption, from_scienceqa, options_line
 from model import LLaMA, LLaMAConfig, flat_attention, positions
 from vision import VisionConfig, VisionTransformer, normalize
 
@@ -580,10 +580,6 @@ def in_words(scene: Scene, dice: random.Random) -> list[str]:
 
 DRILLED = (*COLOURS, *SHAPES, *PLACES, *HABITATS, *NAMES, *GOODS, *TEXTS, *SIZES)
 KINDS = dict(caption=3, conversation=5, detail=1, reasoning=2, quiz=5, drill=6)  # what the LLaMA reads, and how often
-
-
-def options_line(words) -> str:
-    return "Options: " + " ".join(f"({letter}) {word}" for letter, word in zip(LETTERS, words))
 
 
 def drill(dice: random.Random) -> list[str]:

@@ -296,7 +296,7 @@ def evaluate(a, rank: int, world: int, device):
             dist.barrier()
     elif not a.data.is_dir():
         raise UserError(f"{a.data}: no such folder; --data takes ScienceQA's (problems.json, pid_splits.json, images/)")
-    split = ScienceQA(a.data, a.split, a.missing_pictures_as_text or a.predictions is not None)
+    split = ScienceQA(a.data, a.split, "text" if a.missing_pictures_as_text or a.predictions else "refuse")
     problems = list({p["id"]: p for p in split.records}.values())
     if split.missing and rank == 0 and not a.predictions:
         print(f"{len(split.missing)} pictures are absent; those problems are asked without one")

@@ -277,7 +277,7 @@ def train(a, rank: int, world: int, device: torch.device):
         if dist.is_initialized():
             dist.barrier()  # the others wait until the pictures are drawn
         a.data, a.images = demo.data_of(a.name)
-    examples = Examples(a.data, a.seed, missing_pictures_as_text=a.missing_pictures_as_text)
+    examples = Examples(a.data, a.seed, absent="text" if a.missing_pictures_as_text else "refuse")
     is_scienceqa = [isinstance(part, ScienceQA) for part in examples.parts]
     if any(is_scienceqa) != (a.name == "scienceqa") or len(set(is_scienceqa)) > 1:
         raise UserError(f"--data holds {examples.describe()}; a ScienceQA folder, and nothing else, goes with "
@@ -297,6 +297,7 @@ def train(a, rank: int, world: int, device: torch.device):
         for layer in model.llama.layers:
             layer.compile(dynamic=True)
     trained = model.set_trainable(a.stage)
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
     trains, frozen = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters() if not p.requires_grad)
     say(f"model: {trains:,} parameters train, {frozen:,} are frozen; {precision} on {world} x {device.type}")
 
@@ -332,7 +333,7 @@ def train(a, rank: int, world: int, device: torch.device):
     if state:
         start = state["step"]
         try:
-            if state["trained"].keys() != {name for name, p in model.named_parameters() if p.requires_grad}:
+            if state["trained"].keys() != names:
                 raise ValueError("it has other parameters")
             model.load_state_dict(state["trained"], strict=False)
             optimizer.load_state_dict(state["optimizer"])
@@ -346,7 +347,6 @@ def train(a, rank: int, world: int, device: torch.device):
     def save(step, for_use=True):
         """The state to go on from, and unless training just goes on, what evaluation and chat use."""
         if rank == 0:
-            names = {name for name, p in model.named_parameters() if p.requires_grad}
             weights = {name: p for name, p in model.state_dict().items() if name in names}
             checkpoint.save_state(a.out, dict(step=step, trained=weights, optimizer=optimizer.state_dict()), step)
             if for_use:

@@ -177,7 +177,7 @@ def test_what_is_shown_of_a_problem_has_its_picture_even_where_that_is_absent(sc
     (scienceqa / "images/test/1/image.png").unlink()
     given = argparse.Namespace(data=[scienceqa], split="test", tokenizer=None, patches=None)
     _, examples, n_patches = data.open_for_display(given)
-    assert [e.image for e in examples] == [None, "image.png"] and examples[1].turns[0].endswith("\n<image>")
+    assert [e.image for e in examples] == [None, "images/test/1/image.png"] and examples[1].turns[0].endswith("\n<image>")
     assert n_patches == 36  # the demo's
     given.patches = 0
     with pytest.raises(UserError, match="--patches 0: a picture takes 1 to"):
@@ -186,7 +186,7 @@ def test_what_is_shown_of_a_problem_has_its_picture_even_where_that_is_absent(sc
 
 def test_absent_pictures_become_text_only_when_told_to(scienceqa):
     (scienceqa / "images/test/1/image.png").unlink()
-    examples = data.Examples([scienceqa], split="test", missing_pictures_as_text=True)
+    examples = data.Examples([scienceqa], split="test", absent="text")
     assert examples[1].image is None and "<image>" not in examples[1].turns[0]
 
 
