@@ -16,6 +16,7 @@ import torch
 import checkpoint
 from conversation import IMAGE, STOP, UserError, readable, stop_ids, surface, system_ids, tokenize
 from eval_scienceqa import check_run, open_run
+from train import ShowDefaults
 from vision import open_picture, preprocess
 
 TRAINED_BY = "torchrun train.py --stage 2"
@@ -138,12 +139,11 @@ def talk(chat: Chat):
 
 
 def main():
-    show_defaults = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description="Talk to a trained model.", formatter_class=show_defaults)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=ShowDefaults)
     add = parser.add_argument
     add("--model", type=Path, metavar="RUN", default=Path("runs/chat"), help="a run directory of stage 2")
-    add("--image", type=Path, metavar="FILE", help="what to talk about (None: text alone)")
-    add("--prompt", metavar="TEXT", help="ask this, print the answer, end (None: talk in the terminal)")
+    add("--image", type=Path, metavar="FILE", help="what to talk about (default: text alone)")
+    add("--prompt", metavar="TEXT", help="ask this, print the answer, end (default: talk in the terminal)")
     add("--temperature", type=float, default=0.0, help="0 = always the likeliest token; 1 = drawn as the model has it")
     add("--top-p", type=float, default=1.0, help="draw among the likeliest tokens of this probability; 1 = all")
     add("--max-new-tokens", type=int, default=512, help="an answer is cut after so many")

@@ -29,7 +29,7 @@ import checkpoint
 import demo
 from conversation import TEMPLATE, UserError, system_ids, tokenize
 from data import LETTERS, SCIENCEQA_PROMPT, Encoder, Example, Pictures, ScienceQA, ask, scienceqa_question
-from train import gathered, start_processes
+from train import ShowDefaults, gathered, start_processes
 from vision import open_picture
 
 CATEGORIES = {  # the columns of the paper's table; a question stands in several
@@ -257,16 +257,15 @@ def page(title: str, about: str, folder: Path, problems: list[dict], result: dic
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    show_defaults = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=show_defaults)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=ShowDefaults)
     add = parser.add_argument
     add("--model", type=Path, metavar="RUN", default=Path("runs/scienceqa"), help="a run directory of stage 2")
-    add("--data", type=Path, metavar="DIR", help="ScienceQA's: problems.json, pid_splits.json, images/ (None: demo)")
+    add("--data", type=Path, metavar="DIR", help="ScienceQA's folder: problems.json, ... (default: the demo's)")
     add("--split", metavar="NAME", default="test", help="of pid_splits.json: test, val, minitest, ...")
     add("--batch-size", type=int, default=32, help="questions that a process answers at once")
     add("--max-new-tokens", type=int, default=1024, help="an answer is cut after so many")
     add("--out", type=Path, metavar="FILE", help="the JSON to write, and next to it the page, .html "
-        "(None: RUN/answers_SPLIT.json, or answers_SPLIT_swapped.json; PREDICTIONS_scored.json)")  # fmt: skip
+        "(default: RUN/answers_SPLIT.json, or answers_SPLIT_swapped.json; PREDICTIONS_scored.json)")  # fmt: skip
     add("--predictions", type=Path, metavar="FILE", help="score these answers, {id: text} as JSON; no model is loaded")
     add("--missing-pictures-as-text", action="store_true", help="ask problems without their picture where it is absent")
     add("--swap-pictures", action="store_true", help="show each problem the picture of the next one that has one: what "

@@ -49,10 +49,15 @@ def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> fl
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds a flag's default to its help, unless that is None: then the help says what happens without the flag."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=ShowDefaults)
     add = parser.add_argument_group("what is trained").add_argument
     add("--stage", type=int, choices=(1, 2), required=True, help="1: W alone; 2: W and the LLaMA")
     add("--task", choices=("chat", "scienceqa"), help="of stage 2 (default: chat)")
@@ -68,10 +73,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--missing-pictures-as-text", action="store_true", help="ask ScienceQA problems without absent pictures")
     add = parser.add_argument_group("the run").add_argument
     add("--out", metavar="DIR", help="run directory (default runs/stage1, runs/chat or runs/scienceqa)")
-    add("--epochs", type=int, help="passes over the data (default: the paper's)")
-    add("--batch-size", type=int, help="samples of a step over all processes (default: the paper's)")
+    add("--epochs", type=int, help="passes over the data (default: the paper's; in the demo its own)")
+    add("--batch-size", type=int, help="samples of a step over all processes (default likewise)")
     add("--micro-batch-tokens", type=int, default=16384, help="positions that a process computes on at once")
-    add("--lr", type=float, help="peak learning rate (default: the paper's)")
+    add("--lr", type=float, help="peak learning rate (default likewise)")
     add("--warmup-ratio", type=float, default=0.03, help="share of the steps in which the learning rate rises")
     add("--max-length", type=int, default=2048, help="positions of a sample; longer ones are cut, never in a picture")
     add("--max-steps", type=int, help="stop after so many steps (default: epochs decide)")
@@ -197,17 +202,23 @@ def settings_of(a) -> dict:
     return settings | {"data": [str(Path(path).resolve()) for path in a.data]}
 
 
+def settings_begun(out: Path) -> dict | None:
+    """The settings that the run in this directory was begun with; None if none was. It may hold nothing else."""
+    path, begun = out / "config.json", None
+    if out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
+        begun = checkpoint.read_json(path, dict).get("settings") if path.is_file() else None
+        if not isinstance(begun, dict):
+            raise UserError(f"{out}: is there already and is no run of train.py; give another --out")
+    return begun
+
+
 def open_run(a, config: dict, rank: int) -> dict | None:
     """Begins the run directory, or re-enters it: then returns the state to go on from.
 
-    A directory begun with other settings is refused, so that no run goes on as something that it is not; and so is one
-    that holds anything else, or a finished run that would be lost.
+    A directory begun with other settings is refused, so that no run goes on as something that it is not; and so is a
+    finished run that would be lost.
     """
-    path, begun = a.out / "config.json", None
-    if a.out.is_dir() and any(not entry.name.startswith(".") for entry in a.out.iterdir()):
-        begun = checkpoint.read_json(path, dict).get("settings") if path.is_file() else None
-        if not isinstance(begun, dict):
-            raise UserError(f"{a.out}: is there already and is no run of train.py; give another --out")
+    path, begun = a.out / "config.json", settings_begun(a.out)
     if a.resume and begun is not None:
         state = checkpoint.load_state(a.out)
         for name, now in config["settings"].items():
@@ -271,6 +282,7 @@ def start_model(a, dtype: torch.dtype):
 
 def train(a, rank: int, world: int, device: torch.device):
     say = print if rank == 0 else (lambda *_: None)
+    settings_begun(a.out)  # a wrong --out is told before anything is read
     if a.demo:
         if rank == 0:
             demo.prepare(demo.FOLDER)
