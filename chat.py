@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from conversation import IMAGE, STOP, UserError, readable, stop_ids, surface, system_ids, tokenize
-from eval_scienceqa import check_run, open_run
+from conversation import IMAGE, STOP, TEMPLATE, UserError, readable, stop_ids, surface, system_ids, tokenize
 from train import ShowDefaults
 from vision import open_picture, preprocess
 
@@ -33,8 +32,9 @@ class Chat:
 
     def __init__(self, run: Path, device, **settings):
         """settings: max_new_tokens, temperature, top_p and seed of `LLaVA.generate`."""
-        self.config, self.device, self.settings, self.written = check_run(run, TRAINED_BY), device, settings, set()
-        self.model, self.sp, self.autocast = open_run(run, device)
+        self.device, self.settings = device, settings
+        opened = checkpoint.open_run(run, device, TRAINED_BY, template=TEMPLATE)
+        self.config, self.model, self.sp, self.autocast = opened
         ids = system_ids(self.sp)
         with self.autocast, torch.inference_mode():
             self.prefix, self.n_prefix = self.model.read_prefix(torch.tensor(ids, device=device)), len(ids)
@@ -49,7 +49,7 @@ class Chat:
                 pixels = preprocess(open_picture(path.read_bytes()), size)[None]  # (1, 3, size, size)
             except (OSError, ValueError) as error:
                 raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-        self.path, self.pixels, self.turns = path, pixels.to(self.device), []
+        self.path, self.pixels, self.turns, self.written = path, pixels.to(self.device), [], set()
 
     def ask(self, question: str):
         """Yields the answer piece by piece. Left early (Ctrl-C), what was said by then is the answer."""

@@ -3,7 +3,7 @@
     load_llama                  Meta's raw folder, of any number of model-parallel files, or a Hugging Face folder
     load_vision                 OpenAI's CLIP archive (ViT-L-14.pt), a Hugging Face CLIP folder, or the demo's file
     load_projector, build       W, and the three parts put together
-    save_run, load_run          a run directory: all that is needed to use what was trained
+    save_run, load_run          a run directory: all that is needed to use what was trained; open_run also checks it
     save_state, load_state      all that is needed to train on
 
 Files are mapped into memory (but TorchScript's, such as OpenAI's archive, and PyTorch's before 1.6 are read whole) and
@@ -164,7 +164,8 @@ def read_json(path, kind=object):
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({reason(error)}); is the path right?") from None
     if not isinstance(data, kind):
-        raise UserError(f"{path}: holds a JSON {type(data).__name__}, expected a {kind.__name__}")
+        names = {dict: "object", list: "list", str: "text", bool: "true or false", type(None): "null"}
+        raise UserError(f"{path}: holds a JSON {names.get(type(data), 'number')}, expected a JSON {names[kind]}")
     return data
 
 
@@ -675,6 +676,26 @@ def load_run(run, dtype=torch.float32) -> tuple[LLaVA, object, dict]:
         load_projector(run / "projector.pth"),
     )
     return llava, open_tokenizer(llama_path / "tokenizer.model", llava.llama), config
+
+
+def open_run(run, device, trained_by: str, **must_be) -> tuple:
+    """A run directory, for use -> config, model, tokenizer, the context to compute in (its precision).
+
+    trained_by: the command that makes such a run; must_be: what its config must say, such as stage=2.
+    Raises UserError if it says anything else, and as `load_run`.
+    """
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{run}: no run is there; first train it: {trained_by} --out {run}")
+    config = read_json(path, dict)
+    for name, value in must_be.items():
+        if config.get(name) != value:
+            raise UserError(f"{path}: trained with {name} {config.get(name)!r}, here it must be {value!r}; take a run "
+                            f"of: {trained_by}")  # fmt: skip
+    bf16 = config.get("precision") == "bf16"
+    model, sp, _ = load_run(run, torch.bfloat16 if bf16 else torch.float32)
+    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+    return config, model.to(device).requires_grad_(False), sp, autocast
 
 
 def open_tokenizer(path, llama: LLaMA):

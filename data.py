@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from checkpoint import load_vision, read_json
-from conversation import IMAGE, UserError, load_tokenizer, split_at_picture, stop_ids, surface, tokenize
+from conversation import IMAGE, STOP, UserError, load_tokenizer, split_at_picture, stop_ids, surface, tokenize
 from vision import open_picture, preprocess
 
 REQUESTS = (  # the naive expansion of a caption asks one of these at random
@@ -263,7 +263,7 @@ def check_problem(id: str, record: dict, path: Path) -> dict:
         refuse("expected a JSON object")
     record = {**record, "id": id, "image_path": None}
     for key, kind in dict(question=str, choices=list, answer=int, split=str).items():
-        if not isinstance(record.get(key), kind):
+        if not isinstance(record.get(key), kind) or isinstance(record[key], bool):
             refuse(f"`{key}` is {record.get(key)!r}; expected {kind.__name__}")
     for key in ("hint", "lecture", "solution", "image"):
         if not isinstance(record.setdefault(key, None) or "", str):
@@ -484,7 +484,7 @@ def ask(model, encode: Encoder, prompts: list[Example], prefix=None, max_new_tok
     for i in range(0, len(prompts), batch_size):
         batch = encode.flatten([encode(prompt) for prompt in prompts[i : i + batch_size]]).to(device)
         answers = model.answers(batch.ids, batch.cu_seqlens, batch.pixels, stop, max_new_tokens, prefix=prefix)
-        texts += [surface(encode.sp, answer).strip() for answer in answers]
+        texts += [surface(encode.sp, answer).partition(STOP)[0].strip() for answer in answers]  # in whatever pieces
     return texts
 
 
@@ -492,7 +492,7 @@ def ask(model, encode: Encoder, prompts: list[Example], prefix=None, max_new_tok
 
 
 def add_data_arguments(parser):
-    """The flags by which conversation.py and eval_scienceqa.py find data and a tokenizer; none of them: the demo."""
+    """The flags by which conversation.py finds data and a tokenizer; none of them: the demo."""
     parser.add_argument("--data", nargs="+", metavar="PATH", help="LLaVA JSON, captions, or a ScienceQA folder")
     parser.add_argument("--split", default="train", help="of a ScienceQA folder (default train)")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model of a LLaMA (default: the demo's)")

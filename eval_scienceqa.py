@@ -29,7 +29,7 @@ import checkpoint
 import demo
 from conversation import TEMPLATE, UserError, system_ids, tokenize
 from data import LETTERS, SCIENCEQA_PROMPT, Encoder, Example, Pictures, ScienceQA, ask, scienceqa_question
-from train import ShowDefaults, gathered, start_processes
+from train import ShowDefaults, by_process_0, gathered, start_processes
 from vision import open_picture
 
 CATEGORIES = {  # the columns of the paper's table; a question stands in several
@@ -113,24 +113,12 @@ def read_predictions(path: Path) -> dict[str, str]:
 # --- the answers
 
 
-def check_run(run: Path, trained_by: str) -> dict:
-    """The config of a run directory that was trained with the template of here; trained_by: what makes such a run."""
-    if not (run / "config.json").is_file():
-        raise UserError(f"{run}: no run is there; first train it: {trained_by} --out {run}")
-    config = checkpoint.read_json(run / "config.json", dict)
-    for name, only in (("template", TEMPLATE), ("prompt", SCIENCEQA_PROMPT)):
-        if config.get(name) != only:
-            raise UserError(f"{run / 'config.json'}: trained with the {name} {config.get(name)!r}, only {only!r} is "
-                            "known here; asked in another it would answer badly")  # fmt: skip
-    return config
-
-
-def open_run(run: Path, device) -> tuple:
-    """A run directory, for use -> model, tokenizer, the context to compute in (the precision it was trained in)."""
-    bf16 = checkpoint.read_json(run / "config.json", dict).get("precision") == "bf16"
-    model, sp, _ = checkpoint.load_run(run, torch.bfloat16 if bf16 else torch.float32)
-    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
-    return model.to(device).requires_grad_(False), sp, autocast
+def refuse_to_overwrite(out: Path):
+    """Only the files of an earlier evaluation may be written over."""
+    page_alone = out.with_suffix(".html").exists() and not out.exists()
+    if page_alone or out.exists() and not {"scores", "results"} <= checkpoint.read_json(out, dict).keys():
+        name = out.with_suffix(".html") if page_alone else out
+        raise UserError(f"{name}: is there already and is no earlier evaluation; give another --out")
 
 
 def fingerprint(a, problems: list[dict]) -> str:
@@ -169,17 +157,20 @@ def keep(path: Path, lines: list[str]):
 
 
 def answer(a, problems: list[dict], rank: int, world: int, device) -> tuple[dict[str, str], str]:
-    """The model's answers -> {id: text}, and what it saw the pictures with. All processes take part.
+    """The model's answers -> {id: text}, and what it was trained for and sees with. All processes take part.
 
     The split is cut into the same batches however many processes share them, so that they say the same.
     """
-    before = []
-    if rank == 0:
-        before = [fingerprint(a, problems)]
-        keep(a.out.with_name(f"{a.out.stem}.{before[0]}.part0.jsonl"), [])  # better fail now than after the first batch
-        for path in part_files(a.out, before[0]):
-            before += path.read_text(encoding="utf-8", errors="replace").splitlines()
-    key, *before = gathered(before)
+    kind = dict(template=TEMPLATE, prompt=SCIENCEQA_PROMPT, stage=2)
+    config, model, sp, autocast = checkpoint.open_run(a.model, device, TRAINED_BY, **kind)
+
+    def answered_before() -> list[str]:
+        key = fingerprint(a, problems)
+        keep(a.out.with_name(f"{a.out.stem}.{key}.part0.jsonl"), [])  # better fail now than after the first batch
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in part_files(a.out, key)]
+        return [key, *"\n".join(texts).splitlines()]
+
+    key, *before = by_process_0(answered_before, rank)
     outputs = {}
     for line in before:
         with contextlib.suppress(ValueError):  # half a line
@@ -187,7 +178,6 @@ def answer(a, problems: list[dict], rank: int, world: int, device) -> tuple[dict
     if outputs and rank == 0:
         print(f"{len(outputs)} of {len(problems)} questions were answered before; going on with the others")
 
-    model, sp, autocast = open_run(a.model, device)
     n_patches, size, prefix_ids = model.vision.config.n_patches, model.vision.config.image_size, system_ids(sp)
     encode = Encoder(sp, n_patches, size, Pictures(a.data), NO_LIMIT, prefix_ids)
     prompts = [Example(p["id"], [scienceqa_question(p)], p["image_path"]) for p in problems]
@@ -215,7 +205,9 @@ def answer(a, problems: list[dict], rank: int, world: int, device) -> tuple[dict
     if n and rank == 0:
         seconds = time.time() - began
         print(f"{n} questions in {seconds:.1f} s: {n / seconds:.1f} questions/s, {a.batch_size} at a time")
-    return outputs, f"ViT layer {model.vision.feature_layer}, pictures of {size} px"
+    task = config.get("settings", {}).get("task", "an unknown task")
+    about = f"trained for {task}: {TEMPLATE}, {SCIENCEQA_PROMPT}, ViT layer {model.vision.feature_layer}"
+    return outputs, f"{about}, pictures of {size} px"
 
 
 # --- the page
@@ -289,12 +281,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def evaluate(a, rank: int, world: int, device):
     if a.data is None:
         a.data = demo.FOLDER / "scienceqa"
-        if rank == 0:
-            demo.prepare(demo.FOLDER)
-        if dist.is_initialized():
-            dist.barrier()
+        by_process_0(lambda: demo.prepare(demo.FOLDER), rank)
     elif not a.data.is_dir():
         raise UserError(f"{a.data}: no such folder; --data takes ScienceQA's (problems.json, pid_splits.json, images/)")
+    refuse_to_overwrite(a.out)
     split = ScienceQA(a.data, a.split, "text" if a.missing_pictures_as_text or a.predictions else "refuse")
     problems = list({p["id"]: p for p in split.records}.values())
     if split.missing and rank == 0 and not a.predictions:
@@ -309,13 +299,8 @@ def evaluate(a, rank: int, world: int, device):
         if strangers and rank == 0:
             print(f"{strangers} of the answers are not to questions of split {a.split} and are left out")
     else:
-        config = check_run(a.model, TRAINED_BY)
-        if config.get("stage") != 2:
-            raise UserError(f"{a.model}: a run of stage {config.get('stage')}; take one of stage 2: {TRAINED_BY}")
-        outputs, eyes = answer(a, problems, rank, world, device)
-        task = config.get("settings", {}).get("task", "an unknown task")
-        about = f"{a.model}, trained for {task}: {config['template']}, {config['prompt']}, {eyes}"
-        about += ", each picture swapped for the next one" * a.swap_pictures
+        outputs, about = answer(a, problems, rank, world, device)
+        about = f"{a.model}, {about}" + ", each picture swapped for the next one" * a.swap_pictures
     if rank != 0:
         return
     result, title = score(problems, outputs), f"ScienceQA, split {a.split}"

@@ -170,6 +170,20 @@ def gathered(lines: list[str]) -> list[str]:
     return sum(parts, [])
 
 
+def by_process_0(do, rank: int) -> list[str]:
+    """The lines that do() returns, or the UserError that it raises, on all processes; process 0 alone calls it."""
+    lines = []
+    if rank == 0:
+        try:
+            lines = ["", *(do() or [])]
+        except UserError as error:
+            lines = [str(error)]
+    error, *lines = gathered(lines)
+    if error:
+        raise UserError(error)
+    return lines
+
+
 class Interrupt:
     """Ctrl-C and SIGTERM ask for an end after the current step, so that the run directory is left whole."""
 
@@ -212,13 +226,13 @@ def settings_begun(out: Path) -> dict | None:
     return begun
 
 
-def open_run(a, config: dict, rank: int) -> dict | None:
+def enter_run(a, config: dict, rank: int) -> dict | None:
     """Begins the run directory, or re-enters it: then returns the state to go on from.
 
     A directory begun with other settings is refused, so that no run goes on as something that it is not; and so is a
     finished run that would be lost.
     """
-    path, begun = a.out / "config.json", settings_begun(a.out)
+    path, begun = a.out / "config.json", settings_begun(a.out)  # again: it may have changed since
     if a.resume and begun is not None:
         state = checkpoint.load_state(a.out)
         for name, now in config["settings"].items():
@@ -284,10 +298,7 @@ def train(a, rank: int, world: int, device: torch.device):
     say = print if rank == 0 else (lambda *_: None)
     settings_begun(a.out)  # a wrong --out is told before anything is read
     if a.demo:
-        if rank == 0:
-            demo.prepare(demo.FOLDER)
-        if dist.is_initialized():
-            dist.barrier()  # the others wait until the pictures are drawn
+        by_process_0(lambda: demo.prepare(demo.FOLDER), rank)
         a.data, a.images = demo.data_of(a.name)
     examples = Examples(a.data, a.seed, absent="text" if a.missing_pictures_as_text else "refuse")
     is_scienceqa = [isinstance(part, ScienceQA) for part in examples.parts]
@@ -299,6 +310,8 @@ def train(a, rank: int, world: int, device: torch.device):
     if not a.images and any(examples[int(first)].image for first in examples.starts[:-1]):
         raise UserError("--images missing: the samples have pictures; give their folder or zip")
     say(f"data: {examples.describe()}")
+    if absent := sum(len(part.missing) for part in examples.parts if isinstance(part, ScienceQA)):
+        say(f"{absent} pictures are absent; those problems are asked without one")
 
     precision = a.precision = a.precision or ("bf16" if device.type == "cuda" else "fp32")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -335,7 +348,7 @@ def train(a, rank: int, world: int, device: torch.device):
                   prompt=SCIENCEQA_PROMPT, precision=precision, feature_layer=FEATURE_LAYER,
                   preprocessing=PREPROCESSING, torch=torch.__version__)  # fmt: skip
     config |= origin
-    state = open_run(a, config, rank)
+    state = enter_run(a, config, rank)
     examined = a.demo and rank == 0 and a.name != "scienceqa"  # which eval_scienceqa.py does
     if examined:
         before = sit_exam(a.name, model, encode, read_prefix())
@@ -374,7 +387,7 @@ def train(a, rank: int, world: int, device: torch.device):
     t = start  # steps done
     for step in loader:
         green = sum(int(batch.green.sum()) for batch in step.batches)
-        tokens = sum(len(batch.ids) for batch in step.batches)
+        tokens = sum(len(batch.ids) for batch in step.batches) if step.ids else 0  # no sample: one empty position
         counts = green, tokens, step.cut, len(step.errors), interrupt.asked
         green, tokens, cut, bad, asked = summed(*counts, device=device)
         if asked:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 FEATURE_LAYER = -2  # the output of the last block but one: LLaVA's default (its ablation: -1 does worse)
 HEAD_DIM = 64  # in every published CLIP ViT: heads = width / 64
@@ -58,6 +58,8 @@ def open_picture(data: bytes) -> Image.Image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels is over the limit of {MAX_PIXELS}")
             return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"not a readable picture (none of {', '.join(FORMATS)})") from None
     except ValueError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds: SyntaxError, EOFError, struct.error, ...

@@ -159,6 +159,10 @@ def test_saved_conversations_are_llavas(talker, picture, tmp_path, capsys):
         [example] = [*Examples([tmp_path / name])]
         assert example.turns == talker.turns and len(example.turns) == 4 and example.image == (path and path.name)
         assert (f"its picture is in {picture.parent}" in capsys.readouterr().err) == bool(path)
+    chat.obey(talker, "/reset")
+    list(talker.ask("Another conversation"))
+    with pytest.raises(UserError, match="is there already"):  # no longer its own
+        chat.obey(talker, f"/save {tmp_path / 'blind.json'}")
     before = picture.read_bytes()
     with pytest.raises(UserError, match="is there already"):
         chat.obey(talker, f"/save '{picture}'")
@@ -195,6 +199,9 @@ def test_one_shot_prints_the_answer_alone(monkeypatch, capsys, run, picture, tal
     captured = capsys.readouterr()
     talker.look(picture)
     assert captured.out == "".join(talker.ask("Which thing?")) + "\n" and captured.err == ""
+    settings = dict(max_new_tokens=20, temperature=1.5, top_p=0.9, seed=3)
+    main(monkeypatch, "--model", run, "--prompt", "Which?", *(f"--{k.replace('_', '-')}={v}" for k, v in settings.items()))
+    assert capsys.readouterr().out == "".join(chat.Chat(run, torch.device("cpu"), **settings).ask("Which?")) + "\n"
 
 
 def test_piped_questions(run, picture, tmp_path, talker):  # noqa: F811

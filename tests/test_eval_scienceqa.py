@@ -24,8 +24,8 @@ from PIL import Image
 
 import checkpoint
 import eval_scienceqa
-from conversation import TEMPLATE, UserError
-from data import SCIENCEQA_PROMPT
+from conversation import TEMPLATE, UserError, stop_ids, surface
+from data import SCIENCEQA_PROMPT, Encoder, Example, Pictures, ask, scienceqa_question
 from model import LLaMA, LLaMAConfig
 from vision import VisionConfig, VisionTransformer
 
@@ -208,6 +208,32 @@ def test_batched_is_as_one_at_a_time(alone, run, quiz, tmp_path):
     assert json.loads((tmp_path / "answers.json").read_text()) == json.loads(alone.read_text())
 
 
+def test_an_answer_is_that_of_the_whole_prompt_and_what_takes_most_comes_first(alone, run, quiz, tmp_path, monkeypatch):
+    """System message, question, picture, in full and without a cache; the batches get shorter."""
+    problems = eval_scienceqa.ScienceQA(quiz, "test").records
+    model, sp, _ = checkpoint.load_run(run)
+    encode = Encoder(sp, 16, 32, Pictures(quiz), 10**6)
+    said = json.loads(alone.read_text())["outputs"]
+    for p in problems[2:4]:
+        batch = encode.flatten([encode(Example(p["id"], [scienceqa_question(p)], p["image_path"]))])
+        [answer] = model.answers(batch.ids, batch.cu_seqlens, batch.pixels, stop_ids(sp), 12)
+        assert surface(sp, answer).strip() == said[p["id"]] != ""
+    asked, ask = [], eval_scienceqa.ask
+    monkeypatch.setattr(eval_scienceqa, "ask", lambda model, encode, prompts, *a: asked.append(prompts) or ask(model, encode, prompts, *a))
+    evaluate("--model", run, "--data", quiz, "--batch-size", 8, "--max-new-tokens", 1, "--out", tmp_path / "answers.json")
+    lengths = [[len(encode(prompt)[0]) for prompt in prompts] for prompts in asked]
+    assert [len(batch) for batch in asked] == [8, 8, 8, 2] and sum(lengths, []) == sorted(sum(lengths, []), reverse=True)
+
+
+def test_stop_ends_an_answer_in_whatever_pieces_it_is_said(run, quiz):
+    """Tokens are compared while an answer is made, but `###` may also come as `##` and `#`."""
+    model, sp, _ = checkpoint.load_run(run)
+    encode = Encoder(sp, 16, 32, Pictures(quiz), 10**6)
+    spelled = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in b"red\n###x"]
+    model.answers = lambda *a, **k: [spelled]
+    assert ask(model, encode, [Example("1", ["Which?"])]) == ["red"]
+
+
 def test_pictures_reach_the_model(alone, run, quiz, tmp_path):
     shutil.copytree(quiz, tmp_path / "quiz")
     Image.new("RGB", (40, 40), "red").save(tmp_path / "quiz/images/test/100/image.png")
@@ -280,6 +306,29 @@ def test_killed_and_continued_writes_the_same(alone, run, quiz, tmp_path, capsys
     evaluate(*flags)
     assert f"{len(first)} of 26 questions were answered before" in capsys.readouterr().out
     assert json.loads(out.read_text())["outputs"] == json.loads(alone.read_text())["outputs"] | {first[0][0]: "A"}
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_what_processes_left_is_gone_on_from_by_another_number_of_them(alone, run, quiz, tmp_path):
+    """Two processes under torchrun, all killed in the middle; then one goes on."""
+    out = tmp_path / "answers.json"
+    flags = ("--model", run, "--data", quiz, "--batch-size", 4, "--max-new-tokens", 12, "--out", out)
+    (tmp_path / "slow.py").write_text(
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import eval_scienceqa as e; ask = e.ask\n"
+        "e.ask = lambda *a: (time.sleep(1), ask(*a))[1]; e.main()")  # fmt: skip
+    launch = [word if word != "eval_scienceqa.py" else str(tmp_path / "slow.py") for word in command(*flags, processes=2)]
+    process = subprocess.Popen(launch, cwd=ROOT, env=ENVIRONMENT)
+    deadline = time.time() + 100
+    while time.time() < deadline and sum("[" in p.read_text() for p in tmp_path.glob("*.jsonl")) < 2:
+        time.sleep(0.05)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) == 2
+    for pid in (process.pid, *map(int, workers)):
+        os.kill(pid, signal.SIGKILL)
+    process.wait(timeout=60)
+    assert len(list(tmp_path.glob("*.jsonl"))) == 2 and not out.exists()
+    evaluate(*flags)
+    assert json.loads(out.read_text())["outputs"] == json.loads(alone.read_text())["outputs"]
     assert not list(tmp_path.glob("*.jsonl"))
 
 
@@ -406,6 +455,11 @@ def test_refusals(run, quiz, tmp_path):
     blocked = refused("--model", run, "--data", quiz, "--out", quiz / "problems.json" / "out.json")
     assert re.search("problems.json/.*part0.jsonl: cannot be written .*; give another --out", blocked)
     assert "must be 1 or more" in refused("--batch-size", 0)
+    (tmp_path / "mine.json").write_text('{"a": 1}')
+    (tmp_path / "page.html").write_text("mine")
+    for out, named in (("mine.json", "mine.json"), ("page.json", "page.html")):
+        assert f"{named}: is there already and is no earlier evaluation" in refused("--model", run, *few[:-1], tmp_path / out)
+    assert (tmp_path / "mine.json").read_text() == '{"a": 1}' and (tmp_path / "page.html").read_text() == "mine"
     missing = refused("--model", tmp_path / "nowhere", *few)
     assert "no run is there; first train it: torchrun train.py --stage 2 --task scienceqa --out" in missing
     assert not (tmp_path / "nowhere").exists() and not (tmp_path / "out.json").exists()
@@ -417,12 +471,13 @@ def test_unfit_runs_are_refused(run, quiz, tmp_path):
     (tmp_path / "half/projector.pth").unlink()
     assert "no finished run" in refused("--model", tmp_path / "half", *few)
     config = json.loads((run / "config.json").read_text())
-    for change, reason in (({"stage": 1}, "a run of stage 1; take one of stage 2"),
-                           ({"template": "vicuna_v1"}, "'vicuna_v1', only 'vicuna_v0' is known"),
-                           ({"prompt": "QCM-ALE"}, "'QCM-ALE', only 'QCM-LEA' is known")):  # fmt: skip
+    for change, reason in (({"stage": 1}, "trained with stage 1, here it must be 2; take a run of: torchrun"),
+                           ({"template": "vicuna_v1"}, "template 'vicuna_v1', here it must be 'vicuna_v0'"),
+                           ({"prompt": "QCM-ALE"}, "prompt 'QCM-ALE', here it must be 'QCM-LEA'")):  # fmt: skip
         shutil.copytree(run, tmp_path / "unfit", dirs_exist_ok=True)
         (tmp_path / "unfit/config.json").write_text(json.dumps(config | change))
         assert reason in refused("--model", tmp_path / "unfit", *few)
+    assert not list(tmp_path.glob("*.jsonl"))
 
 
 def test_absent_and_broken_pictures(run, quiz, tmp_path, capsys):

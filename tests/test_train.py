@@ -23,7 +23,7 @@ import data
 import train
 from conversation import UserError, load_tokenizer, system_ids
 from demo import LLAMA as DEMO_LLAMA
-from model import LLaMA, LLaMAConfig
+from model import LLaMA, LLaMAConfig, LLaVA
 from vision import VisionConfig, VisionTransformer
 
 ROOT = Path(__file__).parent.parent
@@ -180,7 +180,7 @@ def test_bf16_autocast_is_near_fp32(inputs, tmp_path):
         assert a["loss"] != b["loss"] and a["loss"] == pytest.approx(b["loss"], rel=0.02)
 
 
-def test_activation_checkpointing_and_compiling_change_nothing(inputs, tmp_path):
+def test_activation_checkpointing_changes_nothing(inputs, tmp_path):
     lines = {}
     for name in ("plain", "--checkpoint-activations"):
         in_process(flags(inputs, tmp_path / name.strip("-"), max_steps=2) + [name] * (name != "plain"))
@@ -225,11 +225,12 @@ def test_stage_2_trains_w_and_the_llama_and_leaves_the_vit(inputs, chat, tmp_pat
 
 def test_stage_2_does_not_depend_on_how_a_batch_is_cut_up_text_only_samples_included(inputs, chat, tmp_path):
     lines = {}
-    for name, processes, tokens in (("one", 0, 10**6), ("micro", 0, 100), ("two", 2, 100)):
-        run(stage_2(inputs, chat, tmp_path / name, batch_size=6, micro_batch_tokens=tokens), processes)
+    for name, processes, tokens, size in (("one", 0, 10**6, 6), ("micro", 0, 100, 6), ("two", 2, 100, 6),
+                                          ("single", 0, 10**6, 1), ("idle", 2, 10**6, 1)):  # fmt: skip
+        run(stage_2(inputs, chat, tmp_path / name, batch_size=size, micro_batch_tokens=tokens), processes)
         lines[name] = metrics(tmp_path / name)
-    for other in ("micro", "two"):
-        for a, b in zip(lines["one"], lines[other], strict=True):
+    for one, other in (("one", "micro"), ("one", "two"), ("single", "idle")):
+        for a, b in zip(lines[one], lines[other], strict=True):
             assert (b["loss"], b["grad_norm"]) == (pytest.approx(a["loss"], rel=1e-4), pytest.approx(a["grad_norm"], rel=1e-3))
             assert (b["green_tokens"], b["tokens"]) == (a["green_tokens"], a["tokens"])
 
@@ -240,6 +241,44 @@ def test_a_run_of_stage_2_is_a_raw_llama_again(inputs, chat, tmp_path):
     in_process(stage_2(inputs, chat, tmp_path / "more", init_from=tmp_path / "one", max_steps=1))
     a, b = (checkpoint.load_llama(tmp_path / name).state_dict() for name in ("one", "more"))
     assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def test_chat_draws_the_types_uniformly_unless_told_otherwise(inputs, chat, tmp_path, monkeypatch):
+    """The 2 samples of one file come as often as the 20 of another."""
+    (tmp_path / "few.json").write_text(json.dumps(json.loads((chat / "chat.json").read_text())[:2]))
+    seen, get = [], data.Examples.get
+    monkeypatch.setattr(data.Examples, "get", lambda self, i, epoch: seen.append(int(i) < 20) or get(self, i, epoch))
+    shares = {}
+    for sampling in (None, "proportional"):
+        seen.clear()
+        both = stage_2(inputs, chat, tmp_path / str(sampling), data=chat / "chat.json", epochs=4, max_steps=None, sampling=sampling)
+        both.insert(both.index(str(chat / "chat.json")) + 1, str(tmp_path / "few.json"))
+        in_process(both)
+        shares[sampling] = sum(seen) / len(seen)
+    assert 0.3 < shares[None] < 0.7 and shares["proportional"] == pytest.approx(20 / 22, abs=0.02)
+
+
+def test_scienceqa_is_trained_on_from_its_folder(inputs, chat, tmp_path, monkeypatch, capsys):
+    """Problems with pictures, found without --images, and without; absent pictures are counted."""
+    folder, problems = tmp_path / "quiz", {}
+    for i in range(8):
+        problems[str(i)] = dict(question="Which?", choices=["red", "blue"], answer=i % 2, hint="", lecture="So.", solution="It is.",
+                                image="image.png" if i % 2 else None, split="train", grade="grade1", subject="x")  # fmt: skip
+        if i in (1, 3, 5):
+            (folder / f"images/train/{i}").mkdir(parents=True)
+            (folder / f"images/train/{i}/image.png").write_bytes((inputs / f"images/{i}.png").read_bytes())
+    (folder / "problems.json").write_text(json.dumps(problems))
+    (folder / "pid_splits.json").write_text(json.dumps({"train": list(problems)}))
+    arguments = stage_2(inputs, chat, tmp_path / "run", task="scienceqa", data=folder, images=None, max_steps=1)
+    with pytest.raises(UserError, match="the pictures of 1 of 8 problems are absent"):
+        in_process(arguments)
+    pictures, forward = [], LLaVA.forward
+    monkeypatch.setattr(LLaVA, "forward", lambda self, *batch: pictures.append(len(batch[3])) or forward(self, *batch))
+    in_process([*arguments, "--missing-pictures-as-text"])
+    assert pictures == [3] and "1 pictures are absent" in capsys.readouterr().out
+    [line] = metrics(tmp_path / "run")
+    answer = load_tokenizer(DEMO_LLAMA / "tokenizer.model").encode("So. It is. The answer is A.")
+    assert line["green_tokens"] > 8 * len(answer)
 
 
 def test_wrong_combinations_for_stage_2_are_refused(inputs, chat, tmp_path):
