@@ -738,7 +738,7 @@ def test_json_errors_have_their_position(tmp_path):
     with refused(path, "line 2, column 14", "Expecting value"):
         load_llama(tmp_path)
     path.write_text("[1, 2]")
-    with refused(path, "list", "dict"):
+    with refused(path, "JSON list", "expected a JSON object"):
         load_llama(tmp_path)
     path.write_bytes(b'{"dim": "\xff"}')
     with refused(path, "JSON"):
