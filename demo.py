@@ -10,6 +10,7 @@ Training and held-out scenes are disjoint: which a scene is follows from a hash 
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -34,7 +35,7 @@ from data import LETTERS, REQUESTS, from_caption, from_scienceqa, options_line
 from model import LLaMA, LLaMAConfig, flat_attention, positions
 from vision import VisionConfig, VisionTransformer, normalize
 
-RECIPE, SEED = "scenes2", 1  # change RECIPE with the world or the training; both are in the shipped files' names
+RECIPE, SEED = "scenes3", 1  # change RECIPE with the world or the training; both are in the shipped files' names
 SHIPPED = Path(__file__).parent / "demo"
 LLAMA = SHIPPED / f"llama-{RECIPE}-seed{SEED}"
 VISION = SHIPPED / f"vit-{RECIPE}-seed{SEED}.pt"
@@ -211,6 +212,7 @@ def reasoning(scene: Scene, dice: random.Random) -> list[str]:
 
 # --- the science quiz. A problem is a record of ScienceQA's problems.json.
 
+SUBJECTS = ("natural science", "social science", "language science")
 CLASSES = {"dog": "mammal", "whale": "mammal", "horse": "mammal", "bat": "mammal", "eagle": "bird", "owl": "bird",
            "penguin": "bird", "duck": "bird", "trout": "fish", "shark": "fish", "salmon": "fish", "frog": "amphibian",
            "newt": "amphibian", "toad": "amphibian", "ant": "insect", "bee": "insect", "moth": "insect"}  # fmt: skip
@@ -254,8 +256,8 @@ def quiz_picture(subject: str, scene: Scene, dice: random.Random) -> dict:
     return dict(question=question, choices=choices, answer=answer, hint=hint, lecture=lecture, solution=solution)
 
 
-def quiz_text(subject: str, dice: random.Random) -> list[dict]:
-    """One hint and three problems that it answers."""
+def quiz_text(subject: str, dice: random.Random, n: int = 3) -> list[dict]:
+    """One hint of n facts, and n problems that it answers."""
     givers, gifts, fact, wordings, lecture = {
         "natural science": (tuple(CLASSES), HABITATS, "The {0} lives in the {1}.",
                             ("Where does the {0} live?", "What is the home of the {0}?"),
@@ -265,15 +267,15 @@ def quiz_text(subject: str, dice: random.Random) -> list[dict]:
         "language science": (NAMES, TEXTS, "{0} wrote a {1}.", ("What did {0} write?", "Which text is by {0}?"),
                              "An author writes a text."),
     }[subject]  # fmt: skip
-    pairs = list(zip(dice.sample(givers, 3), dice.sample(gifts, 3)))
+    pairs = list(zip(dice.sample(givers, n), dice.sample(gifts, n)))
     hint = " ".join(fact.format(*pair) for pair in pairs)
     problems = []
-    for pair in dice.sample(pairs, 3):
+    for pair in dice.sample(pairs, n):
         wording = dice.choice(wordings)
         asked_for = 0 if "{1}" in wording else 1  # the giver or the gift
         choices, answer = options(dice, pair[asked_for], [p[asked_for] for p in pairs], most=3)
         problems.append(dict(question=wording.format(*pair), choices=choices, answer=answer, hint=hint, lecture=lecture,
-                             solution=fact.format(*pair)))  # fmt: skip
+                             solution=(fact if asked_for else "You buy {1} from {0}.").format(*pair)))  # fmt: skip
     return problems
 
 
@@ -297,7 +299,7 @@ def quiz_fact(subject: str, dice: random.Random) -> dict:
 
 def quiz(dice: random.Random, held_out: bool = False) -> tuple[dict, Scene | None]:
     """A problem that needs its picture, its hint, or something learned before -> (record, scene or None)."""
-    subject = dice.choice(("natural science", "social science", "language science"))
+    subject = dice.choice(SUBJECTS)
     kind, scene = dice.choice(("picture", "picture", "text", "fact")), None
     if kind == "picture":
         scene = draw_scene(dice, held_out)
@@ -315,7 +317,7 @@ CAPTIONED, HELD_OUT = 6400, 150  # pictures
 QUIZ = dict(train=3000, val=200, test=600)  # problems
 SETTINGS = {  # in place of the paper's: this model has a ten-thousandth of the parameters, and minutes
     "stage1": dict(epochs=3, batch_size=32, lr=5e-2),
-    "chat": dict(epochs=1, max_steps=400, batch_size=32, lr=1e-3),
+    "chat": dict(epochs=1, batch_size=32, lr=1e-3),
     "scienceqa": dict(epochs=4, batch_size=32, lr=1e-3),
 }
 
@@ -561,7 +563,7 @@ def report(run: Path) -> str:
 # --- text alone, which the LLaMA reads before: the scene told in words where a picture would stand
 
 
-def in_words(scene: Scene, dice: random.Random) -> list[str]:
+def in_words(scene: Scene, dice: random.Random) -> list[list[tuple[str, float]]]:
     """The scene as a disorderly run of words, some of them twice: the things in any order, each begun by its place.
 
     No sentence: what a picture's patches become through W will not be one either.
@@ -575,31 +577,39 @@ def in_words(scene: Scene, dice: random.Random) -> list[str]:
         words.append(t.place)
         for word in rest:
             words += ["blank"] * (dice.random() < 0.1) + [word]
-    return words + ["blank"] * dice.choice((0, 0, 1, 2, 4))
+    words += ["blank"] * dice.choice((0, 0, 1, 2, 4))
+    return [[(word, 1.0)] for word in words]
 
 
-DRILLED = (*COLOURS, *SHAPES, *PLACES, *HABITATS, *NAMES, *GOODS, *TEXTS, *SIZES)
+SOUGHT = (*COLOURS, *SHAPES, *PLACES, *HABITATS, *NAMES, *GOODS, *TEXTS, *SIZES)  # what one can ask for
+DECISIVE = (*SOUGHT, *NUMBERS, "Yes", "No", "Nothing", *LETTERS[:5])  # words that must be known, not just well put
 KINDS = dict(caption=3, conversation=5, detail=1, reasoning=2, quiz=5, drill=6)  # what the LLaMA reads, and how often
 
 
-def drill(dice: random.Random) -> list[str]:
-    """Three questions about one list of options, or about one text: practice in finding what was said before."""
-    if dice.random() < 0.6:
-        words = dice.sample(DRILLED, dice.choice((2, 2, 2, 3, 4)))
-        first, chosen = options_line(words), dice.choices(range(len(words)), k=3)
-        turns = [(f"Which is {words[i]}?", f"{words[i]}. The answer is {LETTERS[i]}.") for i in chosen]
-    else:
-        problems = quiz_text(dice.choice(("natural science", "social science", "language science")), dice)
-        first, turns = problems[0]["hint"], [(p["question"], p["solution"]) for p in problems]
+def letters(dice: random.Random, most: int, questions: int = 1) -> list[str]:
+    """Questions for the letter of one of 2 to `most` options."""
+    words = dice.sample(SOUGHT, dice.randint(2, most))
+    turns = [(f"Which is {words[i]}?", f"{words[i]}. The answer is {LETTERS[i]}.")
+             for i in dice.choices(range(len(words)), k=questions)]  # fmt: skip
+    return after(options_line(words), turns)
+
+
+def facts(dice: random.Random, questions: int = 1) -> list[str]:
+    """A text of the quiz and questions that it answers."""
+    problems = quiz_text(dice.choice(SUBJECTS), dice)
+    return after(problems[0]["hint"], [(p["question"], p["solution"]) for p in problems[:questions]])
+
+
+def after(text: str, turns: list[tuple[str, str]]) -> list[str]:
     messages = [message for turn in turns for message in turn]
-    return [f"{first}\n{messages[0]}", *messages[1:]]
+    return [f"{text}\n{messages[0]}", *messages[1:]]
 
 
 def told(dice: random.Random) -> tuple[list[str], Scene | None]:
     """What the LLaMA practises on: a conversation (with `<image>` where the scene's words go) and its scene."""
     kind = dice.choices(list(KINDS), list(KINDS.values()))[0]
     if kind == "drill":
-        return drill(dice), None
+        return (letters(dice, 4, 3) if dice.random() < 0.6 else facts(dice, 3)), None
     if kind == "quiz":
         problem, scene = quiz(dice)
         record = problem | dict(id="", image_path=problem["image"])
@@ -636,29 +646,96 @@ def in_chords(scene: Scene, dice: random.Random) -> list[list[tuple[str, float]]
     return dice.sample(chords, len(chords))
 
 
-def spell(sp, turns: list[str], scene: Scene | None, dice: random.Random, chords: bool = False):
-    """A conversation with its scene told exactly where a picture's patches would be.
+def in_clear_chords(scene: Scene, dice: random.Random) -> list[list[tuple[str, float]]]:
+    """The same, one position a thing: what the LLaMA begins with."""
+    return [[(word, 1.0) for word in vars(t).values()] for t in dice.sample(scene, len(scene))]
+
+
+def spell(sp, turns: list[str], telling: list[list[tuple[str, float]]]):
+    """A conversation with its scene told exactly where a picture's patches would be; telling: its positions' chords.
 
     Returns ids (T, 5) and loudness (T, 5) of the words at each position (only a chord has more than one), green (T,).
     """
-    telling = []
-    if scene is not None:
-        telling = in_chords(scene, dice) if chords else [[(word, 1.0)] for word in in_words(scene, dice)]
-    first, green = tokenize(sp, turns, len(telling))
-    ids, loudness = (np.zeros((len(first), len(ATTRIBUTES) + 1), kind) for kind in (np.int64, np.float32))
-    ids[:, 0], loudness[:, 0] = first, 1
-    for position, chord in zip(np.flatnonzero(first == IMAGE_ID), telling):
+    ids, green = tokenize(sp, turns, len(telling))
+    return *sounding(sp, ids, telling), green
+
+
+def sounding(sp, ids, telling=()):
+    """ids (T,) -> ids (T, 5), loudness (T, 5), with the chords of `telling` where ids holds IMAGE_ID."""
+    chords, loudness = (np.zeros((len(ids), len(ATTRIBUTES) + 1), kind) for kind in (np.int64, np.float32))
+    chords[:, 0], loudness[:, 0] = ids, 1
+    for position, chord in zip(np.flatnonzero(np.asarray(ids) == IMAGE_ID), telling):
         for i, (word, loud) in enumerate(chord):
-            ids[position, i], loudness[position, i] = sp.piece_to_id("\u2581" + word), loud
-    return ids, loudness, green
+            chords[position, i], loudness[position, i] = sp.piece_to_id("\u2581" + word), loud
+    return chords, loudness
+
+
+# --- the LLaMA's lessons: one text each, in the form of `spell`; `share` of the lesson is over.
+#
+# Among all else that there is to learn, attention that looks things up does not form within thousands of steps. It
+# forms within a minute or two when it is all that there is to learn, one kind after another, each built on the last.
+
+
+def repeat(sp, dice: random.Random, share: float):
+    """Pieces drawn at random, then the same again from any one of them on: to go on as it went on before."""
+    drawn = dice.sample(range(N_BYTES, VOCAB), dice.randint(4, 10))
+    first = dice.randrange(len(drawn))
+    again = [(piece, i > 0 and piece != drawn[0]) for i, piece in enumerate(drawn[first:] + drawn[:first])]
+    return bare(sp, [(piece, False) for piece in drawn] + again)
+
+
+def retell(sp, dice: random.Random, share: float, n: int):
+    """A text of n facts, then all that it says once more, in another order and other words: to find who does what."""
+    problems = quiz_text(dice.choice(SUBJECTS), dice, n)
+    pieces = [(piece, False) for piece in sp.encode(problems[0]["hint"])]
+    for said in (sp.encode(p["solution"]) for p in problems):
+        pieces += [(piece, i == len(said) - 2) for i, piece in enumerate(said)]  # green: its last word
+    return bare(sp, pieces)
+
+
+def bare(sp, pieces: list[tuple[int, bool]]):
+    """Pieces and whether they are green, no conversation, in the form of `spell`."""
+    ids, green = zip(*[(piece, False) for piece in system_ids(sp)], *pieces)
+    return *sounding(sp, ids), np.array(green)
+
+
+def find_letters(sp, dice: random.Random, share: float):
+    """To find the letter of an option, and, as practised before, who does what."""
+    if dice.random() < 0.7:
+        return spell(sp, letters(dice, 2 if share < 0.4 else 3 if share < 0.7 else 5), [])
+    return spell(sp, facts(dice), [])
+
+
+def find_things(sp, dice: random.Random, share: float):
+    """To find the thing with an attribute, and, as practised before, letters, and who does what."""
+    kind = dice.random()
+    if kind > 0.7:
+        return spell(sp, letters(dice, 5) if kind < 0.8 else facts(dice), [])
+    scene, turns = draw_scene(dice, counts=(2,)), ["", ""]
+    while not turns[1].startswith(("It is", "A ")):
+        turns = with_picture(list(ask(scene, dice)), dice)
+    return spell(sp, turns, in_clear_chords(scene, dice))
+
+
+def read_all(sp, dice: random.Random, share: float):
+    """All that is told of the world."""
+    turns, scene = told(dice)
+    return spell(sp, turns, (in_chords if dice.random() < 0.85 else in_words)(scene, dice) if scene else [])
 
 
 # --- the recipe of the backbones
 
-VOCAB = 1024
+VOCAB, N_BYTES = 1024, 3 + 256  # the first pieces are <unk>, <s>, </s> and the bytes
 LLAMA_SHAPE = dict(dim=128, n_layers=4, n_heads=8, n_kv_heads=8, ffn_dim=352, vocab_size=VOCAB, norm_eps=1e-5)
-LLAMA_DRILLS = dict(steps=900, batch_size=64, lr=1e-3, muon_lr=5e-3)
-LLAMA_TRAINING = dict(steps=2600, batch_size=32, lr=2e-3, muon_lr=7e-3, chords=0.5)
+LLAMA_TRAINING = (  # in this order
+    ("repeat", dict(text=repeat, steps=600, batch_size=64, lr=4e-3)),
+    ("facts", dict(text=functools.partial(retell, n=2), steps=300, batch_size=64, lr=4e-3)),
+    ("facts", dict(text=functools.partial(retell, n=3), steps=250, batch_size=64, lr=4e-3)),
+    ("letters", dict(text=find_letters, steps=400, batch_size=64, lr=2e-3)),
+    ("scenes", dict(text=find_things, steps=450, batch_size=64, lr=4e-3)),
+    ("all", dict(text=read_all, steps=3600, batch_size=32, lr=1e-3, template=0.1)),
+)
+MUON_LR = 5e-3
 VIT_SHAPE = dict(image_size=PIXELS, patch_size=PATCH, width=128, layers=4)
 VIT_TRAINING = dict(steps=1000, batch_size=128, lr=1.5e-3)
 
@@ -670,7 +747,7 @@ def train_tokenizer(path: Path):
     for _ in range(8000):
         turns, scene = told(dice)
         lines += "".join(text for text, _ in render(turns, scene is not None)).split("\n")  # a newline stays a byte
-        lines += [" ".join(in_words(scene, dice))] if scene else []
+        lines += [" ".join(word for [(word, _)] in in_words(scene, dice))] if scene else []
     path.parent.mkdir(parents=True, exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_prefix=str(path.with_suffix("")), vocab_size=VOCAB, model_type="bpe",
@@ -685,12 +762,9 @@ def train_tokenizer(path: Path):
     return sp
 
 
-def schedule(optimizer, step: int, steps: int, lr: float):
-    """Warm-up over the first 5 %, then half a cosine down to 2 % of the peak."""
-    rate = min(1, (step + 1) / (0.05 * steps)) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-    for group in optimizer.param_groups:
-        group["lr"] = lr * rate
-    return lr * rate
+def schedule(step: int, steps: int) -> float:
+    """The share of the peak learning rate: warm-up over the first 5 %, then half a cosine down to 2 %."""
+    return min(1, (step + 1) / (0.05 * steps)) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def padded_attention(cu_seqlens, n_layers: int, prefix=None) -> list:
@@ -728,69 +802,44 @@ def optimizers_of(llama: LLaMA) -> tuple:
             torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0))  # fmt: skip
 
 
-def descend(optimizers: tuple, loss: torch.Tensor):
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    loss.backward()
-    for optimizer in optimizers:
-        optimizer.step()
-
-
-def drill_llama(llama: LLaMA, sp, optimizers, dice: random.Random, steps, batch_size, lr, muon_lr):
-    """The first lesson: the letter of the option that was named, with first 2, then 3, then 5 options to choose from.
-
-    Attention that looks up what stood beside a word forms here within a minute; among all else that there is to learn
-    it did not form in 3,000 steps.
-    """
-    words = [word for word in DRILLED if len(sp.encode(word)) == 1]
-    start = len(system_ids(sp))  # where a conversation's own positions begin
-    bar, mean = trange(steps, desc="LLaMA, drills", mininterval=2), 0.0
-    for step in bar:
-        most, samples = (2 if step < 200 else 3 if step < 400 else 5), []
-        for _ in range(batch_size):
-            listed_words = dice.sample(words, dice.randint(2, most))
-            i = dice.randrange(len(listed_words))
-            said = f"Which is {listed_words[i]}? {listed_words[i]}. The answer is {LETTERS[i]}"
-            samples.append(sp.encode(f"{options_line(listed_words)} {said}"))
-        ids, cu_seqlens = torch.tensor(sum(samples, [])), torch.tensor([0, *map(len, samples)]).cumsum(0).int()
-        letters = ids[cu_seqlens[1:] - 1]  # (B,)
-        with torch.autocast("cpu", torch.bfloat16):
-            x = llama.tok_embeddings(ids)
-            x = llama(x, positions(cu_seqlens, start), padded_attention(cu_seqlens, len(llama.layers)))
-            logits = llama.logits(x[cu_seqlens[1:].long() - 2]).float()
-        for optimizer, peak in zip(optimizers, (muon_lr, lr)):
-            optimizer.param_groups[0]["lr"] = peak * min(1, (step + 1) / 40)
-        descend(optimizers, F.cross_entropy(logits, letters))
-        mean = 0.95 * mean + 0.05 * (logits.argmax(-1) == letters).float().mean().item()
-        bar.set_postfix(right=f"{mean:.2f}", refresh=False)
-
-
-def train_llama(llama: LLaMA, sp, optimizers, dice: random.Random, steps, batch_size, lr, muon_lr, chords):
-    """Trains by the loss over green tokens on text alone: no picture comes in, and no feature of one.
-
-    chords: the share of scenes that are told in chords instead of words.
-    """
+def train_llama(sp) -> LLaMA:
+    """A LLaMA from noise, by the loss over green tokens, on text alone: no picture comes in, and no feature of one."""
+    llama = new_llama()
+    matrices = [p for p in llama.layers.parameters() if p.dim() == 2]
+    others = [p for name, p in llama.named_parameters() if p.dim() != 2 or not name.startswith("layers.")]
+    decisive = torch.zeros(VOCAB, dtype=torch.bool)
+    decisive[[sp.piece_to_id("\u2581" + word) for word in DECISIVE]] = True
     system, n_layers = torch.tensor(system_ids(sp)), len(llama.layers)
-    S = len(system)
-    bar, mean = trange(steps, desc="LLaMA", mininterval=2), None
-    for step in bar:
-        samples = [spell(sp, *told(dice), dice, dice.random() < chords) for _ in range(batch_size)]
-        parts = [[torch.from_numpy(part[S:]) for part in sample] for sample in samples]  # without the system message
-        ids, loudness, green = (torch.cat(part) for part in zip(*parts))  # (N, 5), (N, 5), (N,)
-        cu_seqlens = torch.tensor([0] + [len(ids) for ids, _, _ in parts]).cumsum(0).int()
-        with torch.autocast("cpu", torch.bfloat16):
-            prefix = []  # keys and values of the system message: the same for all samples, so computed once
-            one = torch.tensor([0, S], dtype=torch.int32)
-            llama(llama.tok_embeddings(system), positions(one), flat_attention(n_layers, one, keep=prefix))
-            x = (llama.tok_embeddings(ids) * loudness[..., None]).sum(1)  # (N, dim)
-            x = llama(x, positions(cu_seqlens, S), padded_attention(cu_seqlens, n_layers, prefix))
+    S, one = len(system), torch.tensor([0, len(system)], dtype=torch.int32)
+    for name, how in LLAMA_TRAINING:
+        muon = torch.optim.Muon(matrices, momentum=0.95, weight_decay=0.05)
+        adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)
+        dice, bar, mean = random.Random(f"{name} {SEED}"), trange(how["steps"], desc=f"LLaMA, {name}", mininterval=2), 0
+        for step in bar:
+            samples = [how["text"](sp, dice, step / how["steps"]) for _ in range(how["batch_size"])]
+            parts = [[torch.from_numpy(part[S:]) for part in sample] for sample in samples]  # less the system message
+            ids, loudness, green = (torch.cat(part) for part in zip(*parts))  # (N, 5), (N, 5), (N,)
+            cu_seqlens = torch.tensor([0] + [len(ids) for ids, _, _ in parts]).cumsum(0).int()
             is_target = green.nonzero().squeeze(1)
-            loss = F.cross_entropy(llama.logits(x[is_target - 1]).float(), ids[is_target, 0])
-        for optimizer, peak in zip(optimizers, (muon_lr, lr)):
-            schedule(optimizer, step, steps, peak)
-        descend(optimizers, loss)
-        mean = loss.item() if mean is None else 0.95 * mean + 0.05 * loss.item()
-        bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
+            targets = ids[is_target, 0]
+            with torch.autocast("cpu", torch.bfloat16):
+                prefix = []  # keys and values of the system message: the same for all samples, so computed once
+                llama(llama.tok_embeddings(system), positions(one), flat_attention(n_layers, one, keep=prefix))
+                x = (llama.tok_embeddings(ids) * loudness[..., None]).sum(1)  # (N, dim)
+                x = llama(x, positions(cu_seqlens, S), padded_attention(cu_seqlens, n_layers, prefix))
+                logits = llama.logits(x[is_target - 1]).float()
+            weights = torch.where(decisive[targets] | (name == "repeat"), 1.0, how.get("template", 0.0))
+            loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
+            share = schedule(step, how["steps"]) if name == "all" else min(1, (step + 1) / 40)
+            for optimizer, peak in ((muon, MUON_LR), (adamw, how["lr"])):
+                optimizer.param_groups[0]["lr"] = peak * share
+                optimizer.zero_grad()
+            loss.backward()
+            muon.step(), adamw.step()
+            right = ((logits.argmax(-1) == targets) * weights).sum() / weights.sum()
+            mean += (right.item() - mean) / min(step + 1, 20)
+            bar.set_postfix(right=f"{mean:.3f}", refresh=False)
+    return llama
 
 
 def neighbours(scene: Scene, n: int, dice: random.Random) -> list[Scene]:
@@ -860,7 +909,7 @@ def train_vit(sp, steps: int, batch_size: int, lr: float):
         pairs, loss = torch.arange(len(scenes)), 0
         for similar, scale in zip((whole.float(), parts), scales.exp().clamp(max=100)):
             loss = loss + (F.cross_entropy(scale * similar, pairs) + F.cross_entropy(scale * similar.T, pairs)) / 4
-        rate = schedule(optimizer, step, steps, lr)
+        optimizer.param_groups[0]["lr"] = rate = lr * schedule(step, steps)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -901,11 +950,7 @@ def build(folder: Path):
     llama_folder, vision = folder / LLAMA.name, folder / VISION.name
     llama_folder.mkdir(parents=True, exist_ok=True)
     sp = train_tokenizer(llama_folder / "tokenizer.model")
-    llama = new_llama()
-    optimizers = optimizers_of(llama)
-    drill_llama(llama, sp, optimizers, random.Random("drill"), **LLAMA_DRILLS)
-    train_llama(llama, sp, optimizers, random.Random(f"llama {SEED}"), **LLAMA_TRAINING)
-    weights = {name: p.half() for name, p in llama.state_dict().items()}
+    weights = {name: p.half() for name, p in train_llama(sp).state_dict().items()}
     torch.save(weights, llama_folder / "consolidated.00.pth")
     shape = {k: LLAMA_SHAPE[k] for k in ("dim", "n_layers", "n_heads", "vocab_size", "norm_eps")} | dict(multiple_of=32)
     (llama_folder / "params.json").write_text(json.dumps(shape))

@@ -117,12 +117,42 @@ def test_the_shipped_llama_looks_things_up_in_a_scene_told_in_words():
     model = checkpoint.build(checkpoint.load_llama(demo.LLAMA), vision)
     told, samples = scenes(40, held_out=True), []
     for scene in told:
-        ids, _, green = demo.spell(sp, [f"<image>\n{data.REQUESTS[0]}"], scene, dice)
+        ids, _, green = demo.spell(sp, [f"<image>\n{data.REQUESTS[0]}"], demo.in_words(scene, dice))
         samples.append((ids[skip:, 0].copy(), green[skip:], None))
     batch = data.Encoder(sp, 36, demo.PIXELS, None, 2048).flatten(samples)
     prefix = model.read_prefix(torch.tensor(system_ids(sp)))
     answers = model.answers(batch.ids, batch.cu_seqlens, batch.pixels, stop_ids(sp), 48, prefix=prefix)
     assert demo.caption_scores([surface(sp, answer).strip() for answer in answers], told)["all"] > 0.9
+
+
+def test_the_shipped_llama_knows_the_letter_and_who_does_what():
+    """What its lessons were for: it solves the quiz's problems that come with a text."""
+    sp, dice = load_tokenizer(demo.LLAMA / "tokenizer.model"), random.Random(4)
+    model = checkpoint.build(checkpoint.load_llama(demo.LLAMA), checkpoint.load_vision(demo.VISION))
+    problems = []
+    for i in range(60):
+        problem = demo.quiz_text(demo.SUBJECTS[i % 3], dice)[0]
+        problems.append(problem | dict(id=str(i), image_path=None))
+    prompts = [data.Example(p["id"], [data.scienceqa_question(p)]) for p in problems]
+    answers = data.ask(model, data.Encoder(sp, 36, demo.PIXELS, None, 2048), prompts)
+    right = [p["solution"] in said and eval_scienceqa.letter(said, len(p["choices"])) == p["answer"]
+             for p, said in zip(problems, answers)]  # fmt: skip
+    assert sum(right) > 54
+
+
+def test_lessons_ask_for_what_their_text_decides():
+    sp, dice = load_tokenizer(demo.LLAMA / "tokenizer.model"), random.Random(5)
+    system = system_ids(sp)
+    for name, how in demo.LLAMA_TRAINING:
+        for share in (0.0, 0.5, 0.9) * 20:
+            chords, loudness, green = how["text"](sp, dice, share)
+            ids, sought = chords[:, 0].tolist(), np.flatnonzero(green)
+            assert chords.shape == loudness.shape == (len(ids), 5) and ids[: len(system)] == system
+            assert len(sought) and sought[0] > len(system)
+            if name == "repeat":  # the piece before was there once, and this one came after it
+                assert all(ids[len(system) :].index(ids[i]) == ids[len(system) :].index(ids[i - 1]) + 1 for i in sought)
+            if name == "facts":  # the words of the text, each told once more
+                assert all(ids.count(ids[i]) == 2 for i in sought)
 
 
 def test_reports_count_what_is_right(folder, monkeypatch):
