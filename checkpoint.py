@@ -29,7 +29,12 @@ import zipfile
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 
 from conversation import UserError, load_tokenizer
 from model import LLaMA, LLaMAConfig, LLaVA, Projection
@@ -720,6 +725,83 @@ def save_state(run, state: dict, step: int):
     save_tensors(Path(run) / "state" / "training.pth", state | {"step": step})
 
 
+def save_shards(run, step: int, model, optimizer):
+    """The same of a model that processes share: run/state/step-N, each process writing its part; all take part.
+
+    PyTorch writes the folder's .metadata last, by a rename: a folder with that file is whole. Then the older ones go.
+    """
+    folder, options = Path(run) / "state" / f"step-{step}", StateDictOptions(ignore_frozen_params=True)
+    weights, state = get_state_dict(model, optimizer, options=options)
+    shutil.rmtree(folder, ignore_errors=True) if dist.get_rank() == 0 else None
+    dist.barrier()
+    dcp.save(dict(trained=weights, moments=state["state"]), checkpoint_id=folder)
+    if dist.get_rank() == 0:
+        for old in (Path(run) / "state").glob("step-*"):
+            if old != folder:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def load_shards(run, step: int, model, optimizer):
+    """What `save_shards` wrote, by however many processes. Raises ValueError if it is of another model or damaged."""
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+    weights, state = get_state_dict(model, optimizer, options=options)
+    reader = PlainReader(Path(run) / "state" / f"step-{step}")
+    try:
+        dcp.load(dict(trained=weights, moments=state["state"]), storage_reader=reader)
+    except (Exception, dcp.api.CheckpointException) as error:
+        raise ValueError(reason(error)) from None
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
+
+
+class PlainReader(dcp.FileSystemReader):
+    """PyTorch's, but what it unpickles can hold nothing but its own descriptions of tensors."""
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if name in METADATA.get(module, ()):
+                return super().find_class(module, name)
+            if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+                return getattr(torch, name)
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a training state")
+
+    def read_metadata(self, *args, **kwargs):
+        with open(self.path / ".metadata", "rb") as file:
+            metadata = self.Unpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+# What describes a state of tensors. Not there: BytesStorageMetadata, for which PyTorch would run a pickle of its own.
+METADATA = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "StorageMeta", "TensorProperties", "MetadataIndex",
+        "_MEM_FORMAT_ENCODING"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"}, "torch": {"Size"}, "pathlib": {"PosixPath"},
+}  # fmt: skip
+
+
+def gather(model) -> LLaVA | None:
+    """A model that processes share, whole on the CPU of process 0, None on the others; all take part.
+
+    One parameter at a time is whole on the others, so none holds the model twice.
+    """
+    first, parts = dist.get_rank() == 0, {}
+    for name, p in model.named_parameters():
+        p = p.full_tensor() if isinstance(p, DTensor) else p
+        if first:
+            parts[name] = p.detach().cpu()
+    if not first:
+        return None
+    with torch.device("meta"):
+        projector = Projection(model.vision.config.width, model.llama.config.dim, bias="projector.bias" in parts)
+        vision = VisionTransformer(model.vision.config, model.vision.feature_layer)
+        whole = LLaVA(LLaMA(model.llama.config), vision, projector)
+    whole.load_state_dict(parts, assign=True)
+    return whole
+
+
 def plain(value) -> bool:
     if isinstance(value, dict):
         return all(map(plain, value.keys())) and all(map(plain, value.values()))
@@ -729,10 +811,14 @@ def plain(value) -> bool:
 
 
 def load_state(run) -> dict | None:
-    """What train.py gave to `save_state`, with its "step"; None if there is none yet. Raises UserError on all else."""
+    """What train.py gave to `save_state`, with its "step"; of `save_shards` the step alone. None if there is none yet.
+
+    Raises UserError on all else.
+    """
     path = Path(run) / "state" / "training.pth"
     if not path.exists():
-        return None
+        whole = [file.parent.name.removeprefix("step-") for file in path.parent.glob("step-*/.metadata")]
+        return dict(step=max(map(int, whole))) if whole else None
     state, kinds = load_tensors(path), {"step": int, "trained": dict, "optimizer": dict}
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{path}: expected {', '.join(kinds)}, as train.py saves them; remove it, or --no-resume to "

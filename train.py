@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -22,6 +23,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -30,6 +33,7 @@ import checkpoint
 import demo
 from conversation import TEMPLATE, UserError, system_ids
 from data import SCIENCEQA_PROMPT, Encoder, Example, Examples, Pictures, ScienceQA, Steps, ask
+from model import LLaVA
 from vision import FEATURE_LAYER, PREPROCESSING
 
 PAPER = {  # section 4.2: what each run of the paper uses
@@ -38,7 +42,8 @@ PAPER = {  # section 4.2: what each run of the paper uses
     "scienceqa": dict(epochs=12, batch_size=32, lr=2e-5, sampling="proportional"),
 }
 MAX_GRAD_NORM = 1.0
-MAY_CHANGE = {"workers", "log_every", "save_every", "micro_batch_tokens", "images", "max_length"}  # on resuming
+MAY_CHANGE = {"workers", "log_every", "save_every", "micro_batch_tokens", "images", "max_length", "max_bad_samples",
+              "max_bad_steps"}  # on resuming  # fmt: skip
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> float:
@@ -84,12 +89,16 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--sampling", choices=("uniform", "proportional"),
         help="uniform: each response type as often (the paper's, default for chat); proportional: each sample once an "
         "epoch")  # fmt: skip
+    add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="ddp: each process holds the whole model; fsdp: its "
+        "share of each block, of its gradients and of the optimiser's state")  # fmt: skip
     add("--precision", choices=("bf16", "fp32"), help="of the matrix products (default: bf16 on GPUs, else fp32)")
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on where --out was left")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the LLaMA's blocks")
     add("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
         help="recompute each block in the backward pass: less memory, more time")  # fmt: skip
     add("--save-every", type=int, default=500, help="steps between training states; 0 = only at the end")
+    add("--max-bad-samples", type=int, default=0, help="pictures that cannot be read are left out up to so many")
+    add("--max-bad-steps", type=int, default=0, help="steps whose loss is no number are left out up to so many")
     add("--log-every", type=int, default=1, help="steps between lines of metrics.jsonl")
     add("--workers", type=int, default=2, help="processes that decode pictures; 0 = the main process does")
     a = parser.parse_args(argv)
@@ -121,11 +130,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     for name in ("epochs", "batch_size", "micro_batch_tokens", "max_length", "log_every"):
         if getattr(a, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be 1 or more")
-    for name in ("save_every", "workers", "lr", "seed"):
+    for name in ("save_every", "workers", "lr", "seed", "max_bad_samples", "max_bad_steps"):
         if not 0 <= getattr(a, name) < 2**63:
             raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be a number, 0 or more, below 2**63")
     if a.max_steps is not None and a.max_steps < 1:
         raise UserError(f"--max-steps {a.max_steps}: must be 1 or more")
+    if a.parallel == "fsdp" and "RANK" not in os.environ:
+        raise UserError("--parallel fsdp: shares the model between processes; start it by torchrun")
     if not 0 <= a.warmup_ratio <= 1:
         raise UserError(f"--warmup-ratio {a.warmup_ratio}: must lie in 0..1")
     return a
@@ -159,6 +170,28 @@ def summed(*numbers: float, device) -> list[float]:
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.tolist()
+
+
+def largest(number: int, device) -> int:
+    """The largest of all processes' numbers."""
+    total = torch.tensor(number, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total, dist.ReduceOp.MAX)
+    return int(total)
+
+
+def shard(model: LLaVA, device, precision: str):
+    """Leaves each process its share of every parameter; a block is whole only while it computes, in `precision`.
+
+    The shares stay in fp32 where they train. What is called by itself in `LLaVA.forward` is a unit of its own; the ViT,
+    frozen and small, stays whole.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(torch.bfloat16 if precision == "bf16" else None, torch.float32)
+    llama = model.llama
+    for unit in (*llama.layers, llama.tok_embeddings, llama.norm, llama.output):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=set(model.vision.parameters()))
 
 
 def gathered(lines: list[str]) -> list[str]:
@@ -224,6 +257,24 @@ def settings_begun(out: Path) -> dict | None:
         if not isinstance(begun, dict):
             raise UserError(f"{out}: is there already and is no run of train.py; give another --out")
     return begun
+
+
+def lock(out: Path):
+    """Keeps a run directory for this process, as long as what is returned lives. Raises UserError if another has it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made a run directory ({error.strerror}); give another --out") from None
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{out}: another train.py is at work in it; wait for its end, or give another --out") from None
+    except (ImportError, OSError):
+        pass  # a system or a disk without locks
+    return file
 
 
 def enter_run(a, config: dict, rank: int) -> dict | None:
@@ -327,19 +378,21 @@ def train(a, rank: int, world: int, device: torch.device):
     say(f"model: {trains:,} parameters train, {frozen:,} are frozen; {precision} on {world} x {device.type}")
 
     # Every sample starts with the system message: it is read once for all. In stage 1 the LLaMA is constant, and so
-    # is what it makes of it; in stage 2 it is read with each batch, as ids, so that the gradient reaches it.
+    # is what it makes of it; in stage 2 it is read with each batch, as ids, so that the gradient reaches it. But that
+    # gradient enters a block from the side, where the hooks of FSDP do not see it: then each sample has its own.
     sp = checkpoint.open_tokenizer(tokenizer, model.llama)
-    prefix_ids = torch.tensor(system_ids(sp), device=device)
+    sharded = a.parallel == "fsdp"
+    prefix_ids = torch.tensor([] if sharded and a.stage == 2 else system_ids(sp), dtype=torch.long, device=device)
 
     def read_prefix():
         with autocast(), torch.no_grad():
-            return model.read_prefix(prefix_ids)
+            return model.read_prefix(prefix_ids) if len(prefix_ids) else None
 
-    prefix = read_prefix() if a.stage == 1 else prefix_ids
+    prefix = read_prefix() if a.stage == 1 or not len(prefix_ids) else prefix_ids
     n_patches, size = model.vision.config.n_patches, model.vision.config.image_size
-    if a.max_length < len(prefix_ids) + n_patches + 2:
+    if a.max_length < len(system_ids(sp)) + n_patches + 2:
         raise UserError(f"--max-length {a.max_length}: a picture and the system message alone take "
-                        f"{len(prefix_ids) + n_patches}")  # fmt: skip
+                        f"{len(system_ids(sp)) + n_patches}")  # fmt: skip
     encode = Encoder(sp, n_patches, size, a.images and Pictures(a.images), a.max_length, prefix_ids.tolist())
     steps = Steps(examples, encode, a.batch_size, a.seed, rank, world, a.micro_batch_tokens, a.sampling)
     total = min(a.epochs * steps.per_epoch, a.max_steps or math.inf)
@@ -348,20 +401,28 @@ def train(a, rank: int, world: int, device: torch.device):
                   prompt=SCIENCEQA_PROMPT, precision=precision, feature_layer=FEATURE_LAYER,
                   preprocessing=PREPROCESSING, torch=torch.__version__)  # fmt: skip
     config |= origin
+    held = []
+    by_process_0(lambda: held.append(lock(a.out)), rank)
     state = enter_run(a, config, rank)
     examined = a.demo and rank == 0 and a.name != "scienceqa"  # which eval_scienceqa.py does
     if examined:
         before = sit_exam(a.name, model, encode, read_prefix())
 
+    if sharded:
+        shard(model, device, precision)
+        trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=a.lr, weight_decay=0.0, fused=device.type == "cuda")
     start = 0
     if state:
         start = state["step"]
         try:
-            if state["trained"].keys() != names:
+            if sharded:
+                checkpoint.load_shards(a.out, start, model, optimizer)
+            elif state["trained"].keys() != names:
                 raise ValueError("it has other parameters")
-            model.load_state_dict(state["trained"], strict=False)
-            optimizer.load_state_dict(state["optimizer"])
+            else:
+                model.load_state_dict(state["trained"], strict=False)
+                optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{a.out}/state: is of another model ({checkpoint.reason(error)}); give back the one that "
                             "the run was begun with, or --no-resume to begin anew") from None  # fmt: skip
@@ -371,16 +432,21 @@ def train(a, rank: int, world: int, device: torch.device):
 
     def save(step, for_use=True):
         """The state to go on from, and unless training just goes on, what evaluation and chat use."""
-        if rank == 0:
+        if sharded:
+            checkpoint.save_shards(a.out, step, model, optimizer)
+            whole = checkpoint.gather(model) if for_use else None
+            if whole:
+                checkpoint.save_run(a.out, whole, config | {"step": step}, tokenizer, a.stage)
+        elif rank == 0:
             weights = {name: p for name, p in model.state_dict().items() if name in names}
             checkpoint.save_state(a.out, dict(step=step, trained=weights, optimizer=optimizer.state_dict()), step)
             if for_use:
                 checkpoint.save_run(a.out, model, config | {"step": step}, tokenizer, a.stage)
 
-    runner = DistributedDataParallel(model) if dist.is_initialized() else model
+    runner = DistributedDataParallel(model) if dist.is_initialized() and not sharded else model
     loader = DataLoader(steps, batch_size=None, sampler=range(start, total), num_workers=a.workers,
                         worker_init_fn=leave_signals_to_parent)  # fmt: skip
-    interrupt, cut_samples, began = Interrupt(), 0, time.time()
+    interrupt, cut_samples, bad_samples, bad_steps, began = Interrupt(), 0, 0, 0, time.time()
     bar = tqdm(total=total, initial=start, unit="step", desc=f"stage {a.stage}", disable=rank != 0, smoothing=0.1)
     log = open(a.out / "metrics.jsonl", "a") if rank == 0 else None
 
@@ -392,10 +458,14 @@ def train(a, rank: int, world: int, device: torch.device):
         green, tokens, cut, bad, asked = summed(*counts, device=device)
         if asked:
             break
-        if (bad or not green) and t > start:
+        bad_samples += int(bad)
+        errors = gathered(step.errors) if bad else []
+        if (bad_samples > a.max_bad_samples or not green) and t > start:
             save(t)  # what has been learnt is not lost
-        if bad:
-            raise UserError(f"step {t + 1}: {'; '.join(gathered(step.errors))}; mend that and start the same again")
+        if bad_samples > a.max_bad_samples:
+            raise UserError(f"step {t + 1}: {'; '.join(errors)}; mend that and start the same again")
+        for error in errors:
+            bar.write(f"step {t + 1}: left out: {error}") if rank == 0 else None
         if not green:
             raise UserError(f"step {t + 1}: no green token in its batch (samples {', '.join(gathered(step.ids)[:8])}): "
                             "every answer lies beyond --max-length; raise it")  # fmt: skip
@@ -403,28 +473,41 @@ def train(a, rank: int, world: int, device: torch.device):
         for group in optimizer.param_groups:
             group["lr"] = lr
         nll_sum = 0.0
+        if sharded:  # every process takes part in every block of every micro-batch
+            step.batches += [encode.flatten([])] * (largest(len(step.batches), device) - len(step.batches))
         for i, batch in enumerate(step.batches):
             batch, last = batch.to(device), i + 1 == len(step.batches)
+            if sharded:
+                model.set_requires_gradient_sync(last)
             with nullcontext() if last or runner is model else runner.no_sync():
                 with autocast():
                     nll, _ = runner(batch.ids, batch.green, batch.cu_seqlens, batch.pixels, prefix)
                 (nll * world / green).backward()  # Eq. 3; times world because DDP takes the mean over processes
             nll_sum += nll.item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+        grad_norm = (grad_norm.full_tensor() if sharded else grad_norm).item()
         loss = summed(nll_sum, device=device)[0] / green
-        if not math.isfinite(loss + grad_norm):  # the step is not taken
-            if t > start:
-                save(t)
-            samples = ", ".join(gathered(step.ids)[:8])
-            raise UserError(f"step {t + 1}: loss {loss}, gradient norm {grad_norm} (samples {samples}, ...); lower "
-                            "--lr, or are the weights damaged?")  # fmt: skip
-        optimizer.step()
+        finite = math.isfinite(loss + grad_norm)
+        if finite:
+            optimizer.step()
+        else:  # the step is not taken
+            bad_steps, samples = bad_steps + 1, gathered(step.ids)
+            if rank == 0:
+                with open(a.out / "bad_steps.jsonl", "a") as file:
+                    print(json.dumps(dict(step=t + 1, loss=str(loss), grad_norm=str(grad_norm), ids=samples)),
+                          file=file)  # fmt: skip
+            if bad_steps > a.max_bad_steps:
+                if t > start:
+                    save(t)
+                raise UserError(f"step {t + 1}: loss {loss}, gradient norm {grad_norm} (samples "
+                                f"{', '.join(samples[:8])}, ...; all in {a.out / 'bad_steps.jsonl'}); lower --lr, or "
+                                "are the weights damaged?")  # fmt: skip
         optimizer.zero_grad(set_to_none=True)
 
         t, cut_samples = t + 1, cut_samples + int(cut)
         now = time.time()
-        line = dict(step=t, loss=loss, lr=lr, grad_norm=grad_norm, green_tokens=int(green), tokens=int(tokens),
-                    seconds=round(now - began, 4))  # fmt: skip
+        line = dict(step=t, loss=loss if finite else None, lr=lr, grad_norm=grad_norm if finite else None,
+                    green_tokens=int(green), tokens=int(tokens), seconds=round(now - began, 4))  # fmt: skip
         bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{tokens / (now - began):,.0f}", refresh=False)
         bar.update()
         began = now
@@ -433,6 +516,8 @@ def train(a, rank: int, world: int, device: torch.device):
         if a.save_every and t % a.save_every == 0 and t < total:
             save(t, for_use=False)
     bar.close()
+    if bad_samples or bad_steps:
+        say(f"{bad_samples} pictures could not be read and {bad_steps} steps were not taken; they are left out")
     if cut_samples:
         say(f"{cut_samples} samples were longer than --max-length {a.max_length} and were cut")
     saved = checkpoint.read_json(a.out / "config.json", dict).get("step")
@@ -443,16 +528,32 @@ def train(a, rank: int, world: int, device: torch.device):
         raise SystemExit(128 + (interrupt.asked or signal.SIGTERM))
     say(f"{a.out}: stage {a.stage} is done, {total} steps")
     if examined:
+        if sharded:
+            model = checkpoint.load_run(a.out, dtype)[0].to(device)
         after, swapped = (sit_exam(a.name, model, encode, read_prefix(), shift) for shift in (0, 1))
         checkpoint.write_json(a.out / "exam.json", dict(name=a.name, before=before, after=after, swapped=swapped))
         say("\n" + demo.report(a.out))
+
+
+def fault(error: Exception) -> UserError:
+    """What PyTorch raises when a process beside this one ended, as one line; any other error is raised again."""
+    if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error):
+        what = "a process of --workers died, out of memory perhaps"
+    elif re.search("(closed|reset) by peer|NCCL", str(error)):
+        what = "another process of this run ended; its own message says why"
+    else:
+        raise error
+    return UserError(f"{what}; the same command goes on from the last saved state")
 
 
 def main():
     a = parse_arguments()
     rank, world, device = start_processes()
     try:
-        train(a, rank, world, device)
+        try:
+            train(a, rank, world, device)
+        except (RuntimeError, OSError, EOFError) as error:
+            raise fault(error) from None
     except UserError as error:
         traceback.clear_frames(error.__traceback__)  # lets go of DDP now: later, its end could wait for other processes
         raise UserError(f"(process {rank}) {error}" if rank else str(error)) from None

@@ -552,3 +552,129 @@ def test_an_error_in_the_middle_of_a_run_harms_nothing_written_and_is_one_line(i
 def test_wrong_flags_are_refused_in_one_line(arguments, message):
     with pytest.raises(UserError, match=message):
         train.parse_arguments(["--stage", "1", *arguments])
+
+
+# --- many processes, faults
+
+
+def test_fsdp_is_ddp_with_less_memory_and_goes_on_with_any_number_of_processes(inputs, chat, tmp_path):
+    given = dict(batch_size=6, micro_batch_tokens=150, max_steps=4)  # micro-batches of which the processes have unlike many
+    for name, stage in (("stage2", stage_2(inputs, chat, tmp_path, **given)), ("stage1", flags(inputs, tmp_path, **given))):
+        where = stage.index(str(tmp_path))
+        for parallel, processes in (("ddp", 2), ("fsdp", 2)):
+            stage[where] = str(tmp_path / name / parallel)
+            run([*stage, "--parallel", parallel], processes)
+        ddp, fsdp = (tmp_path / name / parallel for parallel in ("ddp", "fsdp"))
+        for a, b in zip(metrics(ddp), metrics(fsdp), strict=True):
+            assert (b["loss"], b["grad_norm"]) == (pytest.approx(a["loss"], rel=1e-4), pytest.approx(a["grad_norm"], rel=1e-3))
+        (one, _, _), (other, _, _) = checkpoint.load_run(ddp), checkpoint.load_run(fsdp)
+        for (key, p), q in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+            assert (p - q).norm() <= 1e-4 * p.norm(), key
+    # Killed after its second step, it goes on in one process to the same end.
+    again = stage_2(inputs, chat, tmp_path / "again", **given) + ["--parallel", "fsdp", "--save-every", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *again]
+    process = subprocess.Popen(launch, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 100
+    while time.time() < deadline and not list(tmp_path.glob("again/state/step-2/.metadata")):
+        time.sleep(0.01)
+    for pid in (process.pid, *workers_of(process)):
+        os.kill(pid, signal.SIGKILL)
+    process.wait(timeout=60)
+    done = run(again, 1)
+    assert "goes on after step" in done.stdout
+    assert [line["step"] for line in metrics(tmp_path / "again")] == [1, 2, 3, 4]
+    a, b = (checkpoint.load_llama(folder).state_dict() for folder in (tmp_path / "stage2/ddp", tmp_path / "again"))
+    assert all((a[key] - b[key]).norm() <= 1e-4 * a[key].norm() for key in a)
+
+
+def workers_of(process) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch " + os.environ["BOMB"],)
+
+
+def test_no_code_in_a_sharded_state_runs(inputs, chat, tmp_path, monkeypatch):
+    arguments = stage_2(inputs, chat, tmp_path / "run", max_steps=1, epochs=1) + ["--parallel", "fsdp"]
+    run(arguments, 1)
+    monkeypatch.setenv("BOMB", str(tmp_path / "went_off"))
+    [metadata] = tmp_path.glob("run/state/step-1/.metadata")
+    whole = metadata.read_bytes()
+    for bad in (pickle.dumps(Bomb()), whole[: len(whole) // 2], whole.replace(b"TensorStorageMetadata", b"BytesStorageMetadata\n")):
+        metadata.write_bytes(bad)
+        done = run(arguments, 1, expect=1)
+        assert "is of another model (" in done.stderr and not (tmp_path / "went_off").exists()
+
+
+def test_broken_pictures_are_left_out_up_to_a_number_the_same_on_every_process(inputs, tmp_path):
+    """Training is what it would be without those samples."""
+    (tmp_path / "images").mkdir()
+    for picture in (inputs / "images").iterdir():
+        (tmp_path / "images" / picture.name).write_bytes(b"broken" if picture.stem in "37" else picture.read_bytes())
+    lines = {}
+    for name, processes in (("one", 0), ("two", 2)):
+        broken = flags(inputs, tmp_path / name, images=tmp_path / "images", max_bad_samples=2)
+        done = run(broken, processes)
+        assert done.stdout.count("left out: sample 3.png") == 1 and "2 pictures could not be read and 0 steps" in done.stdout
+        lines[name] = metrics(tmp_path / name)
+    for a, b in zip(lines["one"], lines["two"], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4) and a["green_tokens"] == b["green_tokens"]
+    with pytest.raises(UserError, match="mend that and start the same again"):
+        in_process(flags(inputs, tmp_path / "strict", images=tmp_path / "images", max_bad_samples=1))
+
+
+def test_steps_without_a_number_are_not_taken_and_counted(inputs, tmp_path, monkeypatch):
+    forward, calls = LLaVA.forward, []
+
+    def sick(self, *batch):
+        nll, count = forward(self, *batch)
+        calls.append(1)
+        return (nll * float("nan") if len(calls) == 2 else nll), count
+
+    monkeypatch.setattr(LLaVA, "forward", sick)
+    in_process(flags(inputs, tmp_path / "run", max_bad_steps=1, max_steps=3))
+    assert [line["loss"] is None for line in metrics(tmp_path / "run")] == [False, True, False]
+    assert torch.isfinite(torch.load(tmp_path / "run/projector.pth")["weight"]).all()
+    [bad] = [json.loads(line) for line in (tmp_path / "run/bad_steps.jsonl").read_text().splitlines()]
+    assert bad["step"] == 2 and len(bad["ids"]) == 8
+    calls.clear()
+    with pytest.raises(UserError, match="step 2: loss nan"):
+        in_process(flags(inputs, tmp_path / "strict", max_steps=3))
+
+
+def test_two_runs_in_one_directory_are_refused(inputs, tmp_path):
+    held = train.lock(tmp_path / "run")
+    with pytest.raises(UserError, match="another train.py is at work in it"):
+        in_process(flags(inputs, tmp_path / "run", max_steps=1))
+    held.close()
+    in_process(flags(inputs, tmp_path / "run", max_steps=1))
+
+
+@pytest.mark.parametrize("victim", ["rank", "worker"])
+def test_a_process_that_dies_ends_the_run_and_the_same_command_goes_on(inputs, tmp_path, victim):
+    arguments = flags(inputs, tmp_path / "run", workers=1, save_every=1, epochs=20, batch_size=2)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *arguments]
+    process = subprocess.Popen(launch, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.time() + 100
+    while time.time() < deadline and not list(tmp_path.glob("run/state/training.pth")):
+        time.sleep(0.02)
+    ranks = workers_of(process)
+    assert len(ranks) == 2
+    pid = ranks[1]
+    if victim == "worker":  # the loader's process is the rank's child
+        children = "".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
+        pid = int(children[-1])
+    os.kill(pid, signal.SIGKILL)
+    began = time.time()
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode != 0 and time.time() - began < 60
+    if victim == "worker":
+        assert "a process of --workers died" in said, said[-6000:]
+    last = metrics(tmp_path / "run")[-1]["step"]
+    done = run([*arguments, "--max-bad-steps", "0"], 2)
+    assert "goes on after step" in done.stdout and [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 301))
+    assert last < 300
