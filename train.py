@@ -269,8 +269,8 @@ def lock(out: Path):
     try:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: its lock lives on in forked workers
+    except (BlockingIOError, PermissionError):
         raise UserError(f"{out}: another train.py is at work in it; wait for its end, or give another --out") from None
     except (ImportError, OSError):
         pass  # a system or a disk without locks

@@ -592,18 +592,12 @@ def workers_of(process) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-class Bomb:
-    def __reduce__(self):
-        return os.system, ("touch " + os.environ["BOMB"],)
-
-
-def test_no_code_in_a_sharded_state_runs(inputs, chat, tmp_path, monkeypatch):
+def test_no_code_in_a_sharded_state_runs(inputs, chat, tmp_path):
     arguments = stage_2(inputs, chat, tmp_path / "run", max_steps=1, epochs=1) + ["--parallel", "fsdp"]
     run(arguments, 1)
-    monkeypatch.setenv("BOMB", str(tmp_path / "went_off"))
     [metadata] = tmp_path.glob("run/state/step-1/.metadata")
     whole = metadata.read_bytes()
-    for bad in (pickle.dumps(Bomb()), whole[: len(whole) // 2], whole.replace(b"TensorStorageMetadata", b"BytesStorageMetadata\n")):
+    for bad in (pickle.dumps(Bomb(tmp_path / "went_off")), whole[: len(whole) // 2], whole.replace(b"TensorStorageMetadata", b"BytesStorageMetadata\n")):
         metadata.write_bytes(bad)
         done = run(arguments, 1, expect=1)
         assert "is of another model (" in done.stderr and not (tmp_path / "went_off").exists()
@@ -646,10 +640,12 @@ def test_steps_without_a_number_are_not_taken_and_counted(inputs, tmp_path, monk
 
 
 def test_two_runs_in_one_directory_are_refused(inputs, tmp_path):
-    held = train.lock(tmp_path / "run")
+    hold = f"import pathlib, train; lock = train.lock(pathlib.Path({str(tmp_path / 'run')!r})); print(flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
     with pytest.raises(UserError, match="another train.py is at work in it"):
         in_process(flags(inputs, tmp_path / "run", max_steps=1))
-    held.close()
+    other.communicate(b"\n")
     in_process(flags(inputs, tmp_path / "run", max_steps=1))
 
 
