@@ -731,13 +731,22 @@ def save_shards(run, step: int, model, optimizer):
     PyTorch writes the folder's .metadata last, by a rename: a folder with that file is whole. Then the older ones go.
     """
     folder, options = Path(run) / "state" / f"step-{step}", StateDictOptions(ignore_frozen_params=True)
+    if (folder / ".metadata").exists():
+        return  # this step's state is there already; it is not put at risk
     weights, state = get_state_dict(model, optimizer, options=options)
-    shutil.rmtree(folder, ignore_errors=True) if dist.get_rank() == 0 else None
     dist.barrier()
-    dcp.save(dict(trained=weights, moments=state["state"]), checkpoint_id=folder)
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # of a save that was killed
+    dist.barrier()
+    try:
+        dcp.save(dict(trained=weights, moments=state["state"]), checkpoint_id=folder)
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        raise UserError(f"{folder}: could not be written ({reason(error)}), the state before it is unharmed; make room "
+                        "or choose another place") from None  # fmt: skip
     if dist.get_rank() == 0:
         for old in (Path(run) / "state").glob("step-*"):
             if old != folder:
+                (old / ".metadata").unlink(missing_ok=True)  # first: a folder with it is whole
                 shutil.rmtree(old, ignore_errors=True)
 
 
@@ -783,12 +792,14 @@ METADATA = {
 
 
 def gather(model) -> LLaVA | None:
-    """A model that processes share, whole on the CPU of process 0, None on the others; all take part.
+    """What trains of a model that processes share, whole on the CPU of process 0, None on the others; all take part.
 
-    One parameter at a time is whole on the others, so none holds the model twice.
+    One parameter at a time is whole on the others, so none holds the model twice. What is frozen has no memory.
     """
     first, parts = dist.get_rank() == 0, {}
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         p = p.full_tensor() if isinstance(p, DTensor) else p
         if first:
             parts[name] = p.detach().cpu()
@@ -798,7 +809,7 @@ def gather(model) -> LLaVA | None:
         projector = Projection(model.vision.config.width, model.llama.config.dim, bias="projector.bias" in parts)
         vision = VisionTransformer(model.vision.config, model.vision.feature_layer)
         whole = LLaVA(LLaMA(model.llama.config), vision, projector)
-    whole.load_state_dict(parts, assign=True)
+    whole.load_state_dict(parts, assign=True, strict=False)
     return whole
 
 

@@ -544,6 +544,9 @@ def quiz_report(scores: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+QUIZZED = ("answers_test.json", "answers_test_swapped.json")  # what eval_scienceqa.py leaves of the demo's quiz
+
+
 def report(run: Path) -> str:
     """The figures of a run of the demo, from the answers that train.py and eval_scienceqa.py kept in its directory.
 
@@ -553,8 +556,8 @@ def report(run: Path) -> str:
         kept = checkpoint.read_json(run / "exam.json", dict)
         write = {"stage1": caption_report, "chat": chat_report}[kept.pop("name")]
         return write(**kept, held_out=heldout(FOLDER))
-    scores = {path.stem: checkpoint.read_json(path, dict)["scores"] for path in sorted(run.glob("answers_*.json"))}
-    if not scores:
+    scores = {name: checkpoint.read_json(run / name, dict).get("scores") for name in QUIZZED if (run / name).is_file()}
+    if not scores or None in scores.values():
         raise UserError(f"{run}: holds no answers of the demo; train it to its end (train.py without paths), and a run "
                         "of the quiz evaluate (eval_scienceqa.py)")  # fmt: skip
     return quiz_report(scores)
@@ -733,7 +736,7 @@ LLAMA_TRAINING = (  # in this order
     ("facts", dict(text=functools.partial(retell, n=3), steps=250, batch_size=64, lr=4e-3, bare=True)),
     ("letters", dict(text=find_letters, steps=400, batch_size=64, lr=2e-3)),
     ("scenes", dict(text=find_things, steps=450, batch_size=64, lr=4e-3)),
-    ("all", dict(text=read_all, steps=2400, batch_size=32, lr=1e-3, template=0.1)),
+    ("all", dict(text=read_all, steps=2400, batch_size=32, lr=1e-3, other_words=0.1)),
 )
 MUON_LR = 5e-3
 VIT_SHAPE = dict(image_size=PIXELS, patch_size=PATCH, width=128, layers=4)
@@ -805,15 +808,12 @@ def optimizers_of(llama: LLaMA) -> tuple:
 def train_llama(sp) -> LLaMA:
     """A LLaMA from noise, by the loss over green tokens, on text alone: no picture comes in, and no feature of one."""
     llama = new_llama()
-    matrices = [p for p in llama.layers.parameters() if p.dim() == 2]
-    others = [p for name, p in llama.named_parameters() if p.dim() != 2 or not name.startswith("layers.")]
     decisive = torch.zeros(VOCAB, dtype=torch.bool)
     decisive[[sp.piece_to_id("\u2581" + word) for word in DECISIVE]] = True
     system, n_layers = torch.tensor(system_ids(sp)), len(llama.layers)
     S, one = len(system), torch.tensor([0, len(system)], dtype=torch.int32)
     for name, how in LLAMA_TRAINING:
-        muon = torch.optim.Muon(matrices, momentum=0.95, weight_decay=0.05)
-        adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)
+        muon, adamw = optimizers_of(llama)
         dice, bar, mean = random.Random(f"{name} {SEED}"), trange(how["steps"], desc=f"LLaMA, {name}", mininterval=2), 0
         for step in bar:
             samples = [how["text"](sp, dice, step / how["steps"]) for _ in range(how["batch_size"])]
@@ -830,7 +830,7 @@ def train_llama(sp) -> LLaMA:
                 x = (llama.tok_embeddings(ids) * loudness[..., None]).sum(1)  # (N, dim)
                 x = llama(x, positions(cu_seqlens, S), padded_attention(cu_seqlens, n_layers, prefix))
                 logits = llama.logits(x[is_target - 1]).float()
-            weights = torch.where(decisive[targets] | (name == "repeat"), 1.0, how.get("template", 0.0))
+            weights = torch.where(decisive[targets] | (name == "repeat"), 1.0, how.get("other_words", 0.0))
             loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
             share = schedule(step, how["steps"]) if name == "all" else min(1, (step + 1) / 40)
             for optimizer, peak in ((muon, MUON_LR), (adamw, how["lr"])):
@@ -975,8 +975,9 @@ def main():
     elif arguments.command == "build":
         build(arguments.out)
     else:
-        kept = [*Path("runs").glob("*/exam.json"), *Path("runs").glob("*/answers_*.json")]
-        for run in arguments.runs or sorted({path.parent for path in kept}):
+        kept = [path.parent for name in ("exam.json", *QUIZZED) for path in Path("runs").glob(f"*/{name}")]
+        of_demo = [run for run in kept if checkpoint.read_json(run / "config.json", dict)["settings"]["demo"]]
+        for run in arguments.runs or sorted(set(of_demo)):
             print(f"--- {run}\n{report(run)}\n")
 
 

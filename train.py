@@ -9,6 +9,7 @@ likelihoods over their count, over all micro-batches and processes (Eq. 3): how 
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -97,8 +98,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
         help="recompute each block in the backward pass: less memory, more time")  # fmt: skip
     add("--save-every", type=int, default=500, help="steps between training states; 0 = only at the end")
-    add("--max-bad-samples", type=int, default=0, help="pictures that cannot be read are left out up to so many")
-    add("--max-bad-steps", type=int, default=0, help="steps whose loss is no number are left out up to so many")
+    add("--max-bad-samples", type=int, default=0, help="so many samples that cannot be read are left out")
+    add("--max-bad-steps", type=int, default=0, help="so many steps whose loss is no number are left out")
     add("--log-every", type=int, default=1, help="steps between lines of metrics.jsonl")
     add("--workers", type=int, default=2, help="processes that decode pictures; 0 = the main process does")
     a = parser.parse_args(argv)
@@ -186,12 +187,14 @@ def shard(model: LLaVA, device, precision: str):
     The shares stay in fp32 where they train. What is called by itself in `LLaVA.forward` is a unit of its own; the ViT,
     frozen and small, stays whole.
     """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(torch.bfloat16 if precision == "bf16" else None, torch.float32)
-    llama = model.llama
-    for unit in (*llama.layers, llama.tok_embeddings, llama.norm, llama.output):
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=set(model.vision.parameters()))
+    mesh, llama = init_device_mesh(device.type, (dist.get_world_size(),)), model.llama
+    as_is = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)  # the stream between blocks: fp32
+    computing = as_is if precision == "fp32" else dataclasses.replace(as_is, param_dtype=torch.bfloat16)
+    for unit in (*llama.layers, llama.output):
+        fully_shard(unit, mesh=mesh, mp_policy=computing)
+    for unit in (llama.tok_embeddings, llama.norm):
+        fully_shard(unit, mesh=mesh, mp_policy=as_is)
+    fully_shard(model, mesh=mesh, mp_policy=as_is, ignored_params=set(model.vision.parameters()))
 
 
 def gathered(lines: list[str]) -> list[str]:
@@ -287,7 +290,7 @@ def enter_run(a, config: dict, rank: int) -> dict | None:
     if a.resume and begun is not None:
         state = checkpoint.load_state(a.out)
         for name, now in config["settings"].items():
-            if state and name not in MAY_CHANGE and begun.get(name) != now:
+            if state and name not in MAY_CHANGE and begun.get(name, now) != now:
                 raise UserError(
                     f"{a.out}: was begun with --{name.replace('_', '-')} {begun.get(name)}, now it is {now}; "
                     "go on with the same settings, or give another --out, or --no-resume to begin anew"
@@ -299,9 +302,9 @@ def enter_run(a, config: dict, rank: int) -> dict | None:
                             "--no-resume to train it anew")  # fmt: skip
     if rank == 0:
         try:
-            a.out.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(a.out / "state", ignore_errors=True)
-            (a.out / "projector.pth").unlink(missing_ok=True)  # the run is not usable until it has its own
+            for name in ("projector.pth", "exam.json", "bad_steps.jsonl"):  # the run is not usable until it has its own
+                (a.out / name).unlink(missing_ok=True)
             checkpoint.write_json(path, config)
             (a.out / "metrics.jsonl").write_text("")
         except OSError as error:
@@ -464,11 +467,13 @@ def train(a, rank: int, world: int, device: torch.device):
             save(t)  # what has been learnt is not lost
         if bad_samples > a.max_bad_samples:
             raise UserError(f"step {t + 1}: {'; '.join(errors)}; mend that and start the same again")
-        for error in errors:
-            bar.write(f"step {t + 1}: left out: {error}") if rank == 0 else None
+        if rank == 0:
+            for error in errors:
+                bar.write(f"step {t + 1}: left out: {error}")
         if not green:
+            why = "none of them could be read" if bad else "every answer lies beyond --max-length; raise it"
             raise UserError(f"step {t + 1}: no green token in its batch (samples {', '.join(gathered(step.ids)[:8])}): "
-                            "every answer lies beyond --max-length; raise it")  # fmt: skip
+                            f"{why}")  # fmt: skip
         lr = learning_rate(t, total, a.lr, a.warmup_ratio)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -536,14 +541,14 @@ def train(a, rank: int, world: int, device: torch.device):
 
 
 def fault(error: Exception) -> UserError:
-    """What PyTorch raises when a process beside this one ended, as one line; any other error is raised again."""
+    """What is raised when a process beside this one ended, as one line; any other error is raised again."""
     if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error):
         what = "a process of --workers died, out of memory perhaps"
-    elif re.search("(closed|reset) by peer|NCCL", str(error)):
+    elif re.search("(closed|reset) by peer", str(error)):
         what = "another process of this run ended; its own message says why"
     else:
         raise error
-    return UserError(f"{what}; the same command goes on from the last saved state")
+    return UserError(f"{what} ({checkpoint.reason(error)}); the same command goes on from the last saved state")
 
 
 def main():

@@ -78,7 +78,9 @@ def main():
         key, where = kind[:3], arguments.index(str(root))
         if key not in whole:
             began, arguments[where] = time.time(), str(root / f"whole-{len(whole)}")
-            assert start(arguments, processes).wait() == 0
+            process = start(arguments, processes)
+            error = process.communicate()[1]
+            assert process.returncode == 0, error
             whole[key] = (*result(Path(arguments[where])), time.time() - began)
             arguments[where] = str(root)
         weights, lines, seconds = whole[key]

@@ -177,17 +177,21 @@ def test_report_reads_a_run_again(folder, tmp_path, monkeypatch, capsys):
     kept = dict(name="stage1", before=[""] * len(captions), after=captions, swapped=captions[1:] + captions[:1])
     for name in ("stage1", "quiz", "none"):
         (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.json").write_text('{"settings": {"demo": true}}')
     (tmp_path / "runs/stage1/exam.json").write_text(json.dumps(kept))
     problems = {id: p for id, p in json.loads((folder / "scienceqa/problems.json").read_text()).items() if p["split"] == "test"}
     records = [data.check_problem(id, p, folder) for id, p in problems.items()]
     first = eval_scienceqa.score(records, dict.fromkeys(problems, "A"))
     (tmp_path / "runs/quiz/answers_test.json").write_text(json.dumps(first))
+    (tmp_path / "runs/real").mkdir()
+    (tmp_path / "runs/real/config.json").write_text('{"settings": {"demo": false}}')
+    (tmp_path / "runs/real/answers_test.json").write_text(json.dumps(first))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["demo.py", "report"])
     demo.main()
     said = capsys.readouterr().out
-    assert re.search(r"--- runs/quiz\n.*Avg\n", said) and re.search(r"W trained +100.0", said) and "none" not in said
-    row = re.search(r"answers_test +(.*)", said)[1].split()
+    assert re.search(r"--- runs/quiz\n.*Avg\n", said) and re.search(r"W trained +100.0", said) and "none" not in said and "real" not in said
+    row = re.search(r"answers_test.json +(.*)", said)[1].split()
     assert row[-1] == f"{100 * sum(p['answer'] == 0 for p in records) / len(records):.1f}"
     chance = re.search(r"at random +(.*)", said)[1].split()
     assert chance[-1] == f"{100 * sum(1 / len(p['choices']) for p in records) / len(records):.1f}"
