@@ -538,6 +538,8 @@ def train(a, rank: int, world: int, device: torch.device):
         after, swapped = (sit_exam(a.name, model, encode, read_prefix(), shift) for shift in (0, 1))
         checkpoint.write_json(a.out / "exam.json", dict(name=a.name, before=before, after=after, swapped=swapped))
         say("\n" + demo.report(a.out))
+    if dist.is_initialized():
+        dist.barrier()  # the processes end together: none takes down connections that another still uses
 
 
 def fault(error: Exception) -> UserError:
