@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from conversation import IMAGE, STOP, TEMPLATE, UserError, readable, stop_ids, surface, system_ids, tokenize
-from train import ShowDefaults
+from conversation import IMAGE, STOP, TEMPLATE, HelpForm, UserError, readable, stop_ids, surface, system_ids, tokenize
 from vision import open_picture, preprocess
 
 TRAINED_BY = "torchrun train.py --stage 2"
@@ -139,7 +138,7 @@ def talk(chat: Chat):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=ShowDefaults)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpForm)
     add = parser.add_argument
     add("--model", type=Path, metavar="RUN", default=Path("runs/chat"), help="a run directory of stage 2")
     add("--image", type=Path, metavar="FILE", help="what to talk about (default: text alone)")

@@ -4,7 +4,7 @@
     load_vision                 OpenAI's CLIP archive (ViT-L-14.pt), a Hugging Face CLIP folder, or the demo's file
     load_projector, build       W, and the three parts put together
     save_run, load_run          a run directory: all that is needed to use what was trained; open_run also checks it
-    save_state, load_state      all that is needed to train on
+    save_state, load_state      all that is needed to train on (of a model that processes share: parallel.py)
 
 Files are mapped into memory (but TorchScript's, such as OpenAI's archive, and PyTorch's before 1.6 are read whole) and
 converted one parameter at a time into a model built without memory (on the "meta" device), so the peak stays near the
@@ -29,12 +29,7 @@ import zipfile
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn as nn
-from torch.distributed.checkpoint.metadata import StorageMeta
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.tensor import DTensor
 
 from conversation import UserError, load_tokenizer
 from model import LLaMA, LLaMAConfig, LLaVA, Projection
@@ -725,94 +720,6 @@ def save_state(run, state: dict, step: int):
     save_tensors(Path(run) / "state" / "training.pth", state | {"step": step})
 
 
-def save_shards(run, step: int, model, optimizer):
-    """The same of a model that processes share: run/state/step-N, each process writing its part; all take part.
-
-    PyTorch writes the folder's .metadata last, by a rename: a folder with that file is whole. Then the older ones go.
-    """
-    folder, options = Path(run) / "state" / f"step-{step}", StateDictOptions(ignore_frozen_params=True)
-    if (folder / ".metadata").exists():
-        return  # this step's state is there already; it is not put at risk
-    weights, state = get_state_dict(model, optimizer, options=options)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # of a save that was killed
-    dist.barrier()
-    try:
-        dcp.save(dict(trained=weights, moments=state["state"]), checkpoint_id=folder)
-    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-        raise UserError(f"{folder}: could not be written ({reason(error)}), the state before it is unharmed; make room "
-                        "or choose another place") from None  # fmt: skip
-    if dist.get_rank() == 0:
-        for old in (Path(run) / "state").glob("step-*"):
-            if old != folder:
-                (old / ".metadata").unlink(missing_ok=True)  # first: a folder with it is whole
-                shutil.rmtree(old, ignore_errors=True)
-
-
-def load_shards(run, step: int, model, optimizer):
-    """What `save_shards` wrote, by however many processes. Raises ValueError if it is of another model or damaged."""
-    options = StateDictOptions(ignore_frozen_params=True, strict=False)
-    weights, state = get_state_dict(model, optimizer, options=options)
-    reader = PlainReader(Path(run) / "state" / f"step-{step}")
-    try:
-        dcp.load(dict(trained=weights, moments=state["state"]), storage_reader=reader)
-    except (Exception, dcp.api.CheckpointException) as error:
-        raise ValueError(reason(error)) from None
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
-
-
-class PlainReader(dcp.FileSystemReader):
-    """PyTorch's, but what it unpickles can hold nothing but its own descriptions of tensors."""
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            if name in METADATA.get(module, ()):
-                return super().find_class(module, name)
-            if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-                return getattr(torch, name)
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a training state")
-
-    def read_metadata(self, *args, **kwargs):
-        with open(self.path / ".metadata", "rb") as file:
-            metadata = self.Unpickler(file).load()
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-# What describes a state of tensors. Not there: BytesStorageMetadata, for which PyTorch would run a pickle of its own.
-METADATA = {
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "StorageMeta", "TensorProperties", "MetadataIndex",
-        "_MEM_FORMAT_ENCODING"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"}, "torch": {"Size"}, "pathlib": {"PosixPath"},
-}  # fmt: skip
-
-
-def gather(model) -> LLaVA | None:
-    """What trains of a model that processes share, whole on the CPU of process 0, None on the others; all take part.
-
-    One parameter at a time is whole on the others, so none holds the model twice. What is frozen has no memory.
-    """
-    first, parts = dist.get_rank() == 0, {}
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        p = p.full_tensor() if isinstance(p, DTensor) else p
-        if first:
-            parts[name] = p.detach().cpu()
-    if not first:
-        return None
-    with torch.device("meta"):
-        projector = Projection(model.vision.config.width, model.llama.config.dim, bias="projector.bias" in parts)
-        vision = VisionTransformer(model.vision.config, model.vision.feature_layer)
-        whole = LLaVA(LLaMA(model.llama.config), vision, projector)
-    whole.load_state_dict(parts, assign=True, strict=False)
-    return whole
-
-
 def plain(value) -> bool:
     if isinstance(value, dict):
         return all(map(plain, value.keys())) and all(map(plain, value.values()))
@@ -822,14 +729,10 @@ def plain(value) -> bool:
 
 
 def load_state(run) -> dict | None:
-    """What train.py gave to `save_state`, with its "step"; of `save_shards` the step alone. None if there is none yet.
-
-    Raises UserError on all else.
-    """
+    """What was given to `save_state`, with its "step". None if there is none yet. Raises UserError on all else."""
     path = Path(run) / "state" / "training.pth"
     if not path.exists():
-        whole = [file.parent.name.removeprefix("step-") for file in path.parent.glob("step-*/.metadata")]
-        return dict(step=max(map(int, whole))) if whole else None
+        return None
     state, kinds = load_tensors(path), {"step": int, "trained": dict, "optimizer": dict}
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{path}: expected {', '.join(kinds)}, as train.py saves them; remove it, or --no-resume to "

@@ -41,6 +41,13 @@ class UserError(Exception):
     """What came, what was expected, and the remedy, in one line; `main()` prints it without a traceback."""
 
 
+class HelpForm(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds a flag's default to its help, unless that is None: then the help says what happens without the flag."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def load_tokenizer(path) -> sentencepiece.SentencePieceProcessor:
     """Reads a SentencePiece `tokenizer.model`. Raises UserError if it is missing, something else or without BOS."""
     if not Path(path).is_file():

@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 import checkpoint
 import demo
-from conversation import TEMPLATE, UserError, system_ids, tokenize
+from conversation import TEMPLATE, HelpForm, UserError, system_ids, tokenize
 from data import LETTERS, SCIENCEQA_PROMPT, Encoder, Example, Pictures, ScienceQA, ask, scienceqa_question
-from train import ShowDefaults, by_process_0, gathered, start_processes
+from parallel import by_process_0, gathered, leave, start_processes
 from vision import open_picture
 
 CATEGORIES = {  # the columns of the paper's table; a question stands in several
@@ -249,7 +249,7 @@ def page(title: str, about: str, folder: Path, problems: list[dict], result: dic
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=ShowDefaults)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpForm)
     add = parser.add_argument
     add("--model", type=Path, metavar="RUN", default=Path("runs/scienceqa"), help="a run directory of stage 2")
     add("--data", type=Path, metavar="DIR", help="ScienceQA's folder: problems.json, ... (default: the demo's)")
@@ -325,6 +325,8 @@ def main():
         if rank == 0:
             print(f"\nstopped; the answers so far are kept next to {a.out}, the same command goes on from there")
         raise SystemExit(128 + signal.SIGINT) from None
+    except Exception as error:
+        leave(error, rank, world)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

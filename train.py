@@ -9,32 +9,26 @@ likelihoods over their count, over all micro-batches and processes (Eq. 3): how 
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import time
-import traceback
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import checkpoint
 import demo
-from conversation import TEMPLATE, UserError, system_ids
+from conversation import TEMPLATE, HelpForm, UserError, system_ids
 from data import SCIENCEQA_PROMPT, Encoder, Example, Examples, Pictures, ScienceQA, Steps, ask
-from model import LLaVA
+from parallel import WAYS, by_process_0, gathered, leave, start_processes, summed
 from vision import FEATURE_LAYER, PREPROCESSING
 
 PAPER = {  # section 4.2: what each run of the paper uses
@@ -55,15 +49,8 @@ def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> fl
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds a flag's default to its help, unless that is None: then the help says what happens without the flag."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=ShowDefaults)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpForm)
     add = parser.add_argument_group("what is trained").add_argument
     add("--stage", type=int, choices=(1, 2), required=True, help="1: W alone; 2: W and the LLaMA")
     add("--task", choices=("chat", "scienceqa"), help="of stage 2 (default: chat)")
@@ -143,83 +130,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return a
 
 
-# --- processes
-
-
-def start_processes() -> tuple[int, int, torch.device]:
-    """-> rank, world size, device. Under torchrun its processes join: NCCL between GPUs, gloo between CPUs."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    elif "OMP_NUM_THREADS" not in os.environ:
-        # One core is left to the workers and to what else runs: when threads outnumber the free cores, PyTorch's wait
-        # for each other at every operation, and all becomes many times slower than with a thread less.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
-
-
-def summed(*numbers: float, device) -> list[float]:
-    """Each number summed over all processes (float64: counts stay exact)."""
-    total = torch.tensor(numbers, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.tolist()
-
-
-def largest(number: int, device) -> int:
-    """The largest of all processes' numbers."""
-    total = torch.tensor(number, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(total, dist.ReduceOp.MAX)
-    return int(total)
-
-
-def shard(model: LLaVA, device, precision: str):
-    """Leaves each process its share of every parameter; a block is whole only while it computes, in `precision`.
-
-    The shares stay in fp32 where they train. What is called by itself in `LLaVA.forward` is a unit of its own; the ViT,
-    frozen and small, stays whole.
-    """
-    mesh, llama = init_device_mesh(device.type, (dist.get_world_size(),)), model.llama
-    as_is = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)  # the stream between blocks: fp32
-    computing = as_is if precision == "fp32" else dataclasses.replace(as_is, param_dtype=torch.bfloat16)
-    for unit in (*llama.layers, llama.output):
-        fully_shard(unit, mesh=mesh, mp_policy=computing)
-    for unit in (llama.tok_embeddings, llama.norm):
-        fully_shard(unit, mesh=mesh, mp_policy=as_is)
-    fully_shard(model, mesh=mesh, mp_policy=as_is, ignored_params=set(model.vision.parameters()))
-
-
-def gathered(lines: list[str]) -> list[str]:
-    """The lines of all processes, on all of them."""
-    if not dist.is_initialized():
-        return lines
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, lines)
-    return sum(parts, [])
-
-
-def by_process_0(do, rank: int) -> list[str]:
-    """The lines that do() returns, or the UserError that it raises, on all processes; process 0 alone calls it."""
-    lines = []
-    if rank == 0:
-        try:
-            lines = ["", *(do() or [])]
-        except UserError as error:
-            lines = [str(error)]
-    error, *lines = gathered(lines)
-    if error:
-        raise UserError(error)
-    return lines
-
-
 class Interrupt:
     """Ctrl-C and SIGTERM ask for an end after the current step, so that the run directory is left whole."""
 
@@ -286,9 +196,9 @@ def enter_run(a, config: dict, rank: int) -> dict | None:
     A directory begun with other settings is refused, so that no run goes on as something that it is not; and so is a
     finished run that would be lost.
     """
-    path, begun = a.out / "config.json", settings_begun(a.out)  # again: it may have changed since
+    begun = settings_begun(a.out)  # again: before the lock, another run may have begun
     if a.resume and begun is not None:
-        state = checkpoint.load_state(a.out)
+        state = WAYS[a.parallel].saved(a.out)
         for name, now in config["settings"].items():
             if state and name not in MAY_CHANGE and begun.get(name, now) != now:
                 raise UserError(
@@ -305,7 +215,7 @@ def enter_run(a, config: dict, rank: int) -> dict | None:
             shutil.rmtree(a.out / "state", ignore_errors=True)
             for name in ("projector.pth", "exam.json", "bad_steps.jsonl"):  # the run is not usable until it has its own
                 (a.out / name).unlink(missing_ok=True)
-            checkpoint.write_json(path, config)
+            checkpoint.write_json(a.out / "config.json", config)
             (a.out / "metrics.jsonl").write_text("")
         except OSError as error:
             raise UserError(f"{a.out}: cannot be made a run directory ({error.strerror}); give another --out") from None
@@ -375,17 +285,16 @@ def train(a, rank: int, world: int, device: torch.device):
     if a.compile:
         for layer in model.llama.layers:
             layer.compile(dynamic=True)
-    trained = model.set_trainable(a.stage)
-    names = {name for name, p in model.named_parameters() if p.requires_grad}
-    trains, frozen = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    trains = sum(p.numel() for p in model.set_trainable(a.stage))
+    frozen = sum(p.numel() for p in model.parameters()) - trains
     say(f"model: {trains:,} parameters train, {frozen:,} are frozen; {precision} on {world} x {device.type}")
 
     # Every sample starts with the system message: it is read once for all. In stage 1 the LLaMA is constant, and so
     # is what it makes of it; in stage 2 it is read with each batch, as ids, so that the gradient reaches it. But that
     # gradient enters a block from the side, where the hooks of FSDP do not see it: then each sample has its own.
     sp = checkpoint.open_tokenizer(tokenizer, model.llama)
-    sharded = a.parallel == "fsdp"
-    prefix_ids = torch.tensor([] if sharded and a.stage == 2 else system_ids(sp), dtype=torch.long, device=device)
+    apart = a.stage == 1 or a.parallel == "ddp"
+    prefix_ids = torch.tensor(system_ids(sp) if apart else [], dtype=torch.long, device=device)
 
     def read_prefix():
         with autocast(), torch.no_grad():
@@ -411,21 +320,13 @@ def train(a, rank: int, world: int, device: torch.device):
     if examined:
         before = sit_exam(a.name, model, encode, read_prefix())
 
-    if sharded:
-        shard(model, device, precision)
-        trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=a.lr, weight_decay=0.0, fused=device.type == "cuda")
+    share = WAYS[a.parallel](model, device, precision)
+    optimizer = torch.optim.AdamW(share.trained.values(), lr=a.lr, weight_decay=0.0, fused=device.type == "cuda")
     start = 0
     if state:
         start = state["step"]
         try:
-            if sharded:
-                checkpoint.load_shards(a.out, start, model, optimizer)
-            elif state["trained"].keys() != names:
-                raise ValueError("it has other parameters")
-            else:
-                model.load_state_dict(state["trained"], strict=False)
-                optimizer.load_state_dict(state["optimizer"])
+            share.load(a.out, state, optimizer)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{a.out}/state: is of another model ({checkpoint.reason(error)}); give back the one that "
                             "the run was begun with, or --no-resume to begin anew") from None  # fmt: skip
@@ -435,18 +336,10 @@ def train(a, rank: int, world: int, device: torch.device):
 
     def save(step, for_use=True):
         """The state to go on from, and unless training just goes on, what evaluation and chat use."""
-        if sharded:
-            checkpoint.save_shards(a.out, step, model, optimizer)
-            whole = checkpoint.gather(model) if for_use else None
-            if whole:
-                checkpoint.save_run(a.out, whole, config | {"step": step}, tokenizer, a.stage)
-        elif rank == 0:
-            weights = {name: p for name, p in model.state_dict().items() if name in names}
-            checkpoint.save_state(a.out, dict(step=step, trained=weights, optimizer=optimizer.state_dict()), step)
-            if for_use:
-                checkpoint.save_run(a.out, model, config | {"step": step}, tokenizer, a.stage)
+        share.save(a.out, step, optimizer)
+        if for_use and (whole := share.whole()):
+            checkpoint.save_run(a.out, whole, config | {"step": step}, tokenizer, a.stage)
 
-    runner = DistributedDataParallel(model) if dist.is_initialized() and not sharded else model
     loader = DataLoader(steps, batch_size=None, sampler=range(start, total), num_workers=a.workers,
                         worker_init_fn=leave_signals_to_parent)  # fmt: skip
     interrupt, cut_samples, bad_samples, bad_steps, began = Interrupt(), 0, 0, 0, time.time()
@@ -478,19 +371,12 @@ def train(a, rank: int, world: int, device: torch.device):
         for group in optimizer.param_groups:
             group["lr"] = lr
         nll_sum = 0.0
-        if sharded:  # every process takes part in every block of every micro-batch
-            step.batches += [encode.flatten([])] * (largest(len(step.batches), device) - len(step.batches))
-        for i, batch in enumerate(step.batches):
-            batch, last = batch.to(device), i + 1 == len(step.batches)
-            if sharded:
-                model.set_requires_gradient_sync(last)
-            with nullcontext() if last or runner is model else runner.no_sync():
-                with autocast():
-                    nll, _ = runner(batch.ids, batch.green, batch.cu_seqlens, batch.pixels, prefix)
-                (nll * world / green).backward()  # Eq. 3; times world because DDP takes the mean over processes
+        for batch in share.in_turn(step.batches, none=encode.flatten([])):
+            with autocast():
+                nll, _ = share.run(batch.ids, batch.green, batch.cu_seqlens, batch.pixels, prefix)
+            (nll * world / green).backward()  # Eq. 3; times world because processes' gradients are averaged
             nll_sum += nll.item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
-        grad_norm = (grad_norm.full_tensor() if sharded else grad_norm).item()
+        grad_norm = share.clip(MAX_GRAD_NORM)
         loss = summed(nll_sum, device=device)[0] / green
         finite = math.isfinite(loss + grad_norm)
         if finite:
@@ -533,8 +419,7 @@ def train(a, rank: int, world: int, device: torch.device):
         raise SystemExit(128 + (interrupt.asked or signal.SIGTERM))
     say(f"{a.out}: stage {a.stage} is done, {total} steps")
     if examined:
-        if sharded:
-            model = checkpoint.load_run(a.out, dtype)[0].to(device)
+        model = checkpoint.load_run(a.out, dtype)[0].to(device)
         after, swapped = (sit_exam(a.name, model, encode, read_prefix(), shift) for shift in (0, 1))
         checkpoint.write_json(a.out / "exam.json", dict(name=a.name, before=before, after=after, swapped=swapped))
         say("\n" + demo.report(a.out))
@@ -542,28 +427,13 @@ def train(a, rank: int, world: int, device: torch.device):
         dist.barrier()  # the processes end together: none takes down connections that another still uses
 
 
-def fault(error: Exception) -> UserError:
-    """What is raised when a process beside this one ended, as one line; any other error is raised again."""
-    if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error):
-        what = "a process of --workers died, out of memory perhaps"
-    elif re.search("(closed|reset) by peer", str(error)):
-        what = "another process of this run ended; its own message says why"
-    else:
-        raise error
-    return UserError(f"{what} ({checkpoint.reason(error)}); the same command goes on from the last saved state")
-
-
 def main():
     a = parse_arguments()
     rank, world, device = start_processes()
     try:
-        try:
-            train(a, rank, world, device)
-        except (RuntimeError, OSError, EOFError) as error:
-            raise fault(error) from None
-    except UserError as error:
-        traceback.clear_frames(error.__traceback__)  # lets go of DDP now: later, its end could wait for other processes
-        raise UserError(f"(process {rank}) {error}" if rank else str(error)) from None
+        train(a, rank, world, device)
+    except Exception as error:
+        leave(error, rank, world)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
