@@ -344,7 +344,7 @@ def parts_dim(name: str) -> int | None:
 
 @torch.no_grad()
 def fill(model: nn.Module, parts: dict, dtype, path, finish=lambda name, tensor: tensor):
-    """Gives each parameter of a model on the meta device its tensor, in `dtype`.
+    """Gives each parameter of a model on the meta device its tensor, in `dtype` (None: as it is).
 
     parts: from `translate`. finish(name, tensor) -> tensor: a last rearrangement.
 
@@ -374,7 +374,8 @@ def fill(model: nn.Module, parts: dict, dtype, path, finish=lambda name, tensor:
         if dim is None and not all(torch.equal(piece, pieces[0]) for piece in pieces[1:]):
             raise UserError(f"{path}: {name} differs between the model-parallel files; are all of the same model?")
         tensor = pieces[0] if dim is None or len(pieces) == 1 else torch.cat(pieces, dim)
-        tensor = finish(name, tensor).to(dtype).contiguous()
+        tensor = finish(name, tensor)
+        tensor = tensor.to(dtype or tensor.dtype).contiguous()
         # Two parameters must not be one memory (tied embeddings), nor a part of a larger one (it would be saved too).
         if tensor.data_ptr() in taken or tensor.nbytes != tensor.untyped_storage().nbytes():
             tensor = tensor.clone()
@@ -398,7 +399,7 @@ def forget_pages(tensor):
 
 
 def load_llama(folder, dtype=torch.float32) -> LLaMA:
-    """A LLaMA or Vicuna in `dtype`: Meta's raw folder (or a stage-2 run) or a Hugging Face folder.
+    """A LLaMA or Vicuna in `dtype` (None: its own): Meta's raw folder (or a stage-2 run) or a Hugging Face folder.
 
     On a CPU its files may stay mapped: replace them by renaming, as everything here does, not by writing into them.
     Raises UserError if it is neither, or an architecture or a tensor that this model has no place for.
@@ -412,11 +413,19 @@ def load_llama(folder, dtype=torch.float32) -> LLaMA:
                     "config.json and pytorch_model*.bin or model*.safetensors (Hugging Face)")  # fmt: skip
 
 
+def llama_config(folder) -> LLaMAConfig:
+    """The architecture alone, of params.json or config.json; no weights are read, and none need be there."""
+    folder = Path(folder)
+    if (folder / "params.json").is_file():
+        tokenizer = folder / "tokenizer.model"
+        rows = load_tokenizer(tokenizer).vocab_size() if tokenizer.exists() else 32000
+        return raw_config(folder / "params.json", rows)
+    if (folder / "config.json").is_file():
+        return hf_config(folder / "config.json")[0]
+    raise UserError(f"{folder}: no LLaMA there: expected params.json (Meta's raw folder) or config.json (Hugging Face)")
+
+
 def load_raw_llama(folder: Path, dtype) -> LLaMA:
-    path = folder / "params.json"
-    given = read_json(path, dict)
-    if given.keys() - PARAMS:
-        raise UserError(f"{path}: {few(given.keys() - PARAMS)} is not in LLaMA 1 or 2; take one of these")
     files = sorted(folder.glob("consolidated.*.pth"))
     if not files or [file.name for file in files] != [f"consolidated.{i:02}.pth" for i in range(len(files))]:
         found = ", ".join(file.name for file in files) or "none"
@@ -425,13 +434,23 @@ def load_raw_llama(folder: Path, dtype) -> LLaMA:
     for file in files:
         for name, pieces in translate(load_weights(file), RAW_LLAMA, file).items():
             parts.setdefault(name, []).extend(pieces)
+    rows = sum(piece.shape[:1].numel() for piece in parts.get("output.weight", []))
+    path = folder / "params.json"
+    return build_llama(raw_config(path, rows), parts, dtype, path)
+
+
+def raw_config(path: Path, rows: int) -> LLaMAConfig:
+    """Of params.json. rows: the vocabulary's size where that says -1, "as many as the tokenizer has"."""
+    given = read_json(path, dict)
+    if given.keys() - PARAMS:
+        raise UserError(f"{path}: {few(given.keys() - PARAMS)} is not in LLaMA 1 or 2; take one of these")
     params = {"n_kv_heads": given.get("n_heads"), "ffn_dim_multiplier": 1, "rope_theta": 10000.0, "vocab_size": -1}
     params |= {key: value for key, value in given.items() if value is not None}
-    if params["vocab_size"] == -1:  # "as many as the tokenizer has": the output has a row for each
-        params["vocab_size"] = sum(piece.shape[:1].numel() for piece in parts.get("output.weight", []))
+    if params["vocab_size"] == -1:
+        params["vocab_size"] = rows
     params["ffn_dim"] = ffn_width(*numbers(params, ("dim", "multiple_of", "ffn_dim_multiplier"), path))
     names = [field.name for field in dataclasses.fields(LLaMAConfig)]
-    return build_llama(LLaMAConfig(*numbers(params, names, path)), parts, dtype, path)
+    return LLaMAConfig(*numbers(params, names, path))
 
 
 def ffn_width(dim: int, multiple_of: int, multiplier: float = 1) -> int:
@@ -439,8 +458,8 @@ def ffn_width(dim: int, multiple_of: int, multiplier: float = 1) -> int:
     return multiple_of * math.ceil(int(multiplier * int(2 * 4 * dim / 3)) / multiple_of)
 
 
-def load_hf_llama(folder: Path, dtype) -> LLaMA:
-    path = folder / "config.json"
+def hf_config(path: Path) -> tuple[LLaMAConfig, bool]:
+    """Of config.json; and whether the output is the word embeddings."""
     given = read_json(path, dict)
     rope = given.get("rope_scaling") or given.get("rope_parameters") or {}  # transformers 4, transformers 5
     rope = rope if isinstance(rope, dict) else {"type": rope}
@@ -457,13 +476,19 @@ def load_hf_llama(folder: Path, dtype) -> LLaMA:
         rope_scaling=(rope.get("rope_type", rope.get("type", "default")), "default"),
         quantization_config=(config.get("quantization_config"), None),
     )
+    return c, config.get("tie_word_embeddings") is True
+
+
+def load_hf_llama(folder: Path, dtype) -> LLaMA:
+    path = folder / "config.json"
+    c, tied = hf_config(path)
     parts = translate(load_folder(folder), HF_LLAMA, folder)
-    if config.get("tie_word_embeddings") and "tok_embeddings.weight" in parts:
-        tied = parts["tok_embeddings.weight"]
-        if not all(torch.equal(tensor, tied[0]) for tensor in parts.get("output.weight", [])):
+    if tied and "tok_embeddings.weight" in parts:
+        words = parts["tok_embeddings.weight"]
+        if not all(torch.equal(tensor, words[0]) for tensor in parts.get("output.weight", [])):
             raise UserError(f"{path}: tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight; set "
                             "it to false if the model was trained so, or take other weights")  # fmt: skip
-        parts["output.weight"] = list(tied)
+        parts["output.weight"] = list(words)
 
     def interleave(name, tensor):
         # RoPE turns pairs of rows of each head of q and k. Meta's pairs are adjacent; Hugging Face's lie half a head

@@ -110,7 +110,7 @@ def leave(error: Exception, rank: int, world: int):
 
 class Replicas:
     def __init__(self, model: LLaVA, device: torch.device, precision: str):
-        self.model, self.device = model, device
+        self.model, self.device = model.to(device), device
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.run = DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
 
@@ -156,25 +156,29 @@ class Shards(Replicas):
     def __init__(self, model: LLaVA, device: torch.device, precision: str):
         """Leaves each process its share of every parameter, in fp32 where it trains; a block computes in `precision`.
 
-        What is called by itself in `LLaVA.forward` is a unit of its own; the ViT, frozen and small, stays whole.
+        What is called by itself in `LLaVA.forward` is a unit of its own; the ViT, frozen and small, stays whole. One
+        unit after another goes to the device and is shared: the whole model is never there.
         """
         self.model = self.run = model
         self.device, mesh, llama = device, init_device_mesh(device.type, (dist.get_world_size(),)), model.llama
         as_is = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)  # the stream between blocks: fp32
         computing = as_is if precision == "fp32" else dataclasses.replace(as_is, param_dtype=torch.bfloat16)
-        for unit in (*llama.layers, llama.output):
-            fully_shard(unit, mesh=mesh, mp_policy=computing)
-        for unit in (llama.tok_embeddings, llama.norm):
-            fully_shard(unit, mesh=mesh, mp_policy=as_is)
+        for unit in (*llama.layers, llama.output, llama.tok_embeddings, llama.norm):
+            trains = next(unit.parameters()).requires_grad
+            policy = as_is if unit in (llama.tok_embeddings, llama.norm) else computing
+            fully_shard(unit.to(device, torch.float32 if trains else None), mesh=mesh, mp_policy=policy)
+        model.vision.to(device), model.projector.to(device)
         fully_shard(model, mesh=mesh, mp_policy=as_is, ignored_params=set(model.vision.parameters()))
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def in_turn(self, batches: list[Batch], none: Batch):
-        """All processes take part in every block of every micro-batch: `none` fills up where one has fewer."""
+        """All processes take part in every block of every micro-batch: `none` fills up where one has fewer.
+
+        Gradients are exchanged after each, into the shares: to wait for the last would keep them whole until then.
+        """
         most = torch.tensor(len(batches), device=self.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         for i in range(most):
-            self.model.set_requires_gradient_sync(i + 1 == most)
             yield (batches[i] if i < len(batches) else none).to(self.device)
 
     def whole(self) -> LLaVA | None:

@@ -9,7 +9,6 @@ likelihoods over their count, over all micro-batches and processes (Eq. 3): how 
 """
 
 import argparse
-import functools
 import json
 import math
 import os
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 import checkpoint
 import demo
+import plan
 from conversation import TEMPLATE, HelpForm, UserError, system_ids
 from data import SCIENCEQA_PROMPT, Encoder, Example, Examples, Pictures, ScienceQA, Steps, ask
 from parallel import WAYS, by_process_0, gathered, leave, start_processes, summed
@@ -52,7 +52,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> fl
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpForm)
     add = parser.add_argument_group("what is trained").add_argument
-    add("--stage", type=int, choices=(1, 2), required=True, help="1: W alone; 2: W and the LLaMA")
+    add("--stage", type=int, choices=(1, 2), help="1: W alone; 2: W and the LLaMA")
     add("--task", choices=("chat", "scienceqa"), help="of stage 2 (default: chat)")
     add = parser.add_argument_group("inputs (none of them: the demo)").add_argument
     add("--llama", metavar="DIR", help="LLaMA or Vicuna: Meta's raw folder, a Hugging Face folder, a run of stage 2")
@@ -89,8 +89,17 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--max-bad-steps", type=int, default=0, help="so many steps whose loss is no number are left out")
     add("--log-every", type=int, default=1, help="steps between lines of metrics.jsonl")
     add("--workers", type=int, default=2, help="processes that decode pictures; 0 = the main process does")
+    add = parser.add_argument_group("nothing run, but counted").add_argument
+    add("--plan", action="store_true", help="print what each GPU would hold of --llama (and --vision; default: "
+        "ViT-L/14) in each stage, or in --stage, and whether it fits")  # fmt: skip
+    add("--gpus", type=int, default=8, help="of the plan")
+    add("--gpu-memory", type=int, default=80, metavar="GIB", help="of each of them")
     a = parser.parse_args(argv)
 
+    if a.plan:
+        return a
+    if a.stage is None:
+        raise UserError("--stage missing: 1 trains W alone, 2 W and the LLaMA")
     if a.stage == 1 and a.task:
         raise UserError(f"--task {a.task}: is of stage 2; stage 1 has one task, captions")
     a.name = "stage1" if a.stage == 1 else a.task or "chat"
@@ -240,9 +249,9 @@ def sit_exam(name: str, model, encode: Encoder, prefix, shift: int = 0) -> list[
 def start_model(a, dtype: torch.dtype):
     """The model that training starts from, its tokenizer.model, and where its LLaMA and ViT came from.
 
-    What is frozen is held in the compute dtype, what trains in fp32.
+    What is frozen is held in the compute dtype, what trains in fp32 (fsdp: where it is shared; until then as it is).
     """
-    llama_dtype = torch.float32 if a.stage == 2 else dtype
+    llama_dtype = dtype if a.stage == 1 else None if a.parallel == "fsdp" else torch.float32
     if a.init_from:
         model, _, begun = checkpoint.load_run(a.init_from, llama_dtype)
         model.vision.to(dtype)
@@ -279,9 +288,10 @@ def train(a, rank: int, world: int, device: torch.device):
 
     precision = a.precision = a.precision or ("bf16" if device.type == "cuda" else "fp32")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
     model, tokenizer, origin = start_model(a, dtype)
-    model.to(device).llama.checkpoint_activations = a.checkpoint_activations
+    model.llama.checkpoint_activations = a.checkpoint_activations
+    if a.parallel == "ddp":
+        model.to(device)
     if a.compile:
         for layer in model.llama.layers:
             layer.compile(dynamic=True)
@@ -294,13 +304,20 @@ def train(a, rank: int, world: int, device: torch.device):
     # gradient enters a block from the side, where the hooks of FSDP do not see it: then each sample has its own.
     sp = checkpoint.open_tokenizer(tokenizer, model.llama)
     apart = a.stage == 1 or a.parallel == "ddp"
-    prefix_ids = torch.tensor(system_ids(sp) if apart else [], dtype=torch.long, device=device)
+    prefix_ids = torch.tensor(system_ids(sp) if apart else [], dtype=torch.long)
+
+    def autocast(on: torch.device):
+        return torch.autocast(on.type, torch.bfloat16, enabled=precision == "bf16")
 
     def read_prefix():
-        with autocast(), torch.no_grad():
-            return model.read_prefix(prefix_ids) if len(prefix_ids) else None
+        ids = prefix_ids.to(model.projector.weight.device)
+        with autocast(ids.device), torch.no_grad():
+            return model.read_prefix(ids) if len(ids) else None
 
-    prefix = read_prefix() if a.stage == 1 or not len(prefix_ids) else prefix_ids
+    if a.stage == 1:
+        prefix = [(k.to(device), v.to(device)) for k, v in read_prefix()]
+    else:
+        prefix = prefix_ids.to(device) if apart else None
     n_patches, size = model.vision.config.n_patches, model.vision.config.image_size
     if a.max_length < len(system_ids(sp)) + n_patches + 2:
         raise UserError(f"--max-length {a.max_length}: a picture and the system message alone take "
@@ -372,7 +389,7 @@ def train(a, rank: int, world: int, device: torch.device):
             group["lr"] = lr
         nll_sum = 0.0
         for batch in share.in_turn(step.batches, none=encode.flatten([])):
-            with autocast():
+            with autocast(device):
                 nll, _ = share.run(batch.ids, batch.green, batch.cu_seqlens, batch.pixels, prefix)
             (nll * world / green).backward()  # Eq. 3; times world because processes' gradients are averaged
             nll_sum += nll.item()
@@ -427,8 +444,21 @@ def train(a, rank: int, world: int, device: torch.device):
         dist.barrier()  # the processes end together: none takes down connections that another still uses
 
 
+def print_plan(a):
+    for name in ("gpus", "gpu_memory", "micro_batch_tokens"):
+        if getattr(a, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be 1 or more")
+    llama = checkpoint.llama_config(a.llama or demo.LLAMA)
+    vision = a.vision or (None if a.llama else demo.VISION)
+    vision = checkpoint.load_vision(vision).config if vision else plan.VIT_L
+    stages = [a.stage] if a.stage else [1, 2]
+    print(plan.table(llama, vision, stages, a.gpus, a.gpu_memory, a.precision or "bf16", a.micro_batch_tokens))
+
+
 def main():
     a = parse_arguments()
+    if a.plan:
+        return print_plan(a)
     rank, world, device = start_processes()
     try:
         train(a, rank, world, device)
