@@ -11,6 +11,7 @@ Training and held-out scenes are disjoint: which a scene is follows from a hash 
 
 import argparse
 import functools
+import io
 import itertools
 import json
 import math
@@ -35,7 +36,7 @@ from data import LETTERS, REQUESTS, from_caption, from_scienceqa, options_line
 from model import LLaMA, LLaMAConfig, flat_attention, positions
 from vision import VisionConfig, VisionTransformer, normalize
 
-RECIPE, SEED = "scenes3", 1  # change RECIPE with the world or the training; both are in the shipped files' names
+RECIPE, SEED = "scenes4", 1  # change RECIPE with the world or the training; both are in the shipped files' names
 SHIPPED = Path(__file__).parent / "demo"
 LLAMA = SHIPPED / f"llama-{RECIPE}-seed{SEED}"
 VISION = SHIPPED / f"vit-{RECIPE}-seed{SEED}.pt"
@@ -731,12 +732,12 @@ def read_all(sp, dice: random.Random, share: float):
 VOCAB, N_BYTES = 1024, 3 + 256  # the first pieces are <unk>, <s>, </s> and the bytes
 LLAMA_SHAPE = dict(dim=128, n_layers=4, n_heads=8, n_kv_heads=8, ffn_dim=352, vocab_size=VOCAB, norm_eps=1e-5)
 LLAMA_TRAINING = (  # in this order
-    ("repeat", dict(text=repeat, steps=600, batch_size=64, lr=4e-3, bare=True)),
+    ("repeat", dict(text=repeat, steps=600, batch_size=64, lr=4e-3, bare=True, other_words=1.0)),
     ("facts", dict(text=functools.partial(retell, n=2), steps=300, batch_size=64, lr=4e-3, bare=True)),
     ("facts", dict(text=functools.partial(retell, n=3), steps=250, batch_size=64, lr=4e-3, bare=True)),
     ("letters", dict(text=find_letters, steps=400, batch_size=64, lr=2e-3)),
     ("scenes", dict(text=find_things, steps=450, batch_size=64, lr=4e-3)),
-    ("all", dict(text=read_all, steps=2400, batch_size=32, lr=1e-3, other_words=0.1)),
+    ("all", dict(text=read_all, steps=2400, batch_size=32, lr=1e-3, other_words=0.1, cosine=True)),
 )
 MUON_LR = 5e-3
 VIT_SHAPE = dict(image_size=PIXELS, patch_size=PATCH, width=128, layers=4)
@@ -751,14 +752,15 @@ def train_tokenizer(path: Path):
         turns, scene = told(dice)
         lines += "".join(text for text, _ in render(turns, scene is not None)).split("\n")  # a newline stays a byte
         lines += [" ".join(word for [(word, _)] in in_words(scene, dice))] if scene else []
-    path.parent.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(path.with_suffix("")), vocab_size=VOCAB, model_type="bpe",
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=VOCAB, model_type="bpe",
         byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=True, remove_extra_whitespaces=False,
         split_digits=True, user_defined_symbols=["###"] + ["\u2581" + p for p in PLACES if "-" in p],
         required_chars="".join(map(chr, range(33, 127))), minloglevel=2,
     )  # fmt: skip
-    path.with_suffix(".vocab").unlink()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model.getvalue())
     sp = load_tokenizer(path)
     for word in [w for words in ATTRIBUTES.values() for w in words] + ["blank"]:
         assert sp.encode(word) == [sp.piece_to_id("\u2581" + word)] != [sp.unk_id()], f"{word} is not one piece"
@@ -830,9 +832,9 @@ def train_llama(sp) -> LLaMA:
                 x = (llama.tok_embeddings(ids) * loudness[..., None]).sum(1)  # (N, dim)
                 x = llama(x, positions(cu_seqlens, S), padded_attention(cu_seqlens, n_layers, prefix))
                 logits = llama.logits(x[is_target - 1]).float()
-            weights = torch.where(decisive[targets] | (name == "repeat"), 1.0, how.get("other_words", 0.0))
+            weights = torch.where(decisive[targets], 1.0, how.get("other_words", 0.0))
             loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
-            share = schedule(step, how["steps"]) if name == "all" else min(1, (step + 1) / 40)
+            share = schedule(step, how["steps"]) if how.get("cosine") else min(1, (step + 1) / 40)
             for optimizer, peak in ((muon, MUON_LR), (adamw, how["lr"])):
                 optimizer.param_groups[0]["lr"] = peak * share
                 optimizer.zero_grad()

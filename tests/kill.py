@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from test_train import ROOT, chat, flags, inputs, metrics, stage_2
+from test_train import chat, flags, inputs, metrics, stage_2, start
 
 FIXTURES = [fixture.__wrapped__ for fixture in (inputs, chat)]
 
@@ -45,12 +45,6 @@ def tree(pid: int) -> list[int]:
         except OSError:
             pass
     return [*below, pid]
-
-
-def start(arguments, processes):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    return subprocess.Popen([sys.executable, *launcher, "train.py", *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
 
 
 def result(out: Path):
