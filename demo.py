@@ -737,7 +737,7 @@ LLAMA_TRAINING = (  # in this order
     ("facts", dict(text=functools.partial(retell, n=3), steps=250, batch_size=64, lr=4e-3, bare=True)),
     ("letters", dict(text=find_letters, steps=400, batch_size=64, lr=2e-3)),
     ("scenes", dict(text=find_things, steps=450, batch_size=64, lr=4e-3)),
-    ("all", dict(text=read_all, steps=2400, batch_size=32, lr=1e-3, other_words=0.1, cosine=True)),
+    ("all", dict(text=read_all, steps=3600, batch_size=32, lr=1e-3, other_words=0.1, cosine=True)),
 )
 MUON_LR = 5e-3
 VIT_SHAPE = dict(image_size=PIXELS, patch_size=PATCH, width=128, layers=4)
