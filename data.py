@@ -8,15 +8,20 @@ What `--data` may name is recognised by its content:
     a ScienceQA     folder with problems.json, pid_splits.json and images/{split}/{id}/image.png
 
 A file is read once, to check every record and to note where it lies; afterwards a record is parsed when its turn
-comes. So 595K samples are an array of offsets, shared by all worker processes, and not millions of Python objects.
+comes. So 595K samples are an array of offsets, shared by all worker processes, and not millions of Python objects. So
+are the entries of a zip of pictures.
 """
 
+import contextlib
+import io
 import json
 import lzma
-import mmap
+import os
 import random
+import struct
 import zipfile
 import zlib
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -38,7 +43,10 @@ REQUESTS = (  # the naive expansion of a caption asks one of these at random
     "Name what the picture shows, without detail.",
 )
 OFTEN = 0.005  # a request for a description is shared by this part of the samples; a reasoning question is not
+INDEX = 1  # the version of what is kept of a file of records; another counts as none
+LARGE = 2**24  # bytes: a smaller file of records is read in a second, and nothing is kept of it
 MAX_BYTES = 2**28  # of an encoded picture: beyond, it is taken for a bomb
+DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError)  # what a zip may raise, and more
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SCIENCEQA_PROMPT = "QCM-LEA"  # question, context, options -> lecture, explanation, answer; recorded with the run
 
@@ -124,26 +132,81 @@ def check_inside(name):
 # --- files of records
 
 
-class Records:
-    """The records of one JSON list or JSON-lines file, by their offsets. records[i] -> dict."""
+class Pieces:
+    """Pieces of a file, read by any number of processes.
+
+    Not a map: its pages would count as memory of every process. Not seek and read: forked processes share the place.
+    """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.file = path, open(path, "rb", buffering=0)
+        self.size = os.fstat(self.file.fileno()).st_size
+
+    def read(self, start: int, length: int) -> bytes:
+        """Raises EOFError if the file does not have so many."""
+        if not 0 <= start <= start + length <= self.size:
+            raise EOFError(f"no {length} bytes at {start}, the file has {self.size}")
+        return os.pread(self.file.fileno(), length, start)
+
+    def __reduce__(self):  # opened again in a process that is not forked
+        return Pieces, (self.path,)
+
+
+class Records:
+    """The records of one JSON list or JSON-lines file, by their offsets. records[i] -> dict.
+
+    The index of a large file is kept beside it, as .NAME.index.npz, and used while its size and times are the same.
+    """
+
+    def __init__(self, path: Path):
+        self.path, kept = path, path.with_name(f".{path.name}.index.npz")
         try:
-            raw = path.read_bytes()
+            self.file, stat = Pieces(path), path.stat()
+            version = [INDEX, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+            if stat.st_size < LARGE or not self.load_index(kept, version):
+                self.make_index()
+                if stat.st_size >= LARGE:
+                    self.save_index(kept, version)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); is the path right?") from None
+
+    def load_index(self, kept: Path, version: list[int]) -> bool:
+        """False if there is none, or none that is whole and of just this file."""
+        try:
+            with np.load(kept, allow_pickle=False) as arrays:  # a zip, with checksums
+                if arrays["version"].tolist() != version:
+                    return False
+                self.kind, self.index = str(arrays["kind"]), arrays["index"]
+            places = self.index[:, :2].ravel()
+            right = self.kind in KINDS and self.index.dtype == np.int64 and self.index.shape[1] == 4
+            return bool(right and 0 <= places.min() and places.max() <= version[1] and (np.diff(places) >= 0).all())
+        except Exception:  # damaged files raise nearly anything
+            return False
+
+    def save_index(self, kept: Path, version: list[int]):
+        """Where that cannot be, in a folder of others perhaps, the whole file is read again at the next start."""
+        own = kept.with_suffix(f".{os.getpid()}")  # the processes of a run write theirs at the same time
+        with contextlib.suppress(OSError):
+            with open(own, "wb") as file:
+                np.savez(file, version=version, kind=self.kind, index=self.index)
+            own.replace(kept)
+        with contextlib.suppress(OSError):
+            own.unlink(missing_ok=True)
+
+    def make_index(self):
+        """Reads and checks the whole file. Raises UserError."""
+        path, raw = self.path, self.path.read_bytes()
+        try:
             raw.decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text (byte {error.start}); expected JSON") from None
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); is the path right?") from None
         # Latin-1 makes one character of each byte, so that the decoder's positions are offsets into the file.
         text = raw.decode("latin-1")
         del raw
         skip = json.decoder.WHITESPACE.match  # (text, position) -> the whitespace there
         at = skip(text, 3 if text.startswith("\xef\xbb\xbf") else 0).end()
         as_list = text[at : at + 1] == "["
-        decoder, dice, spans, self.kind = json.JSONDecoder(), random.Random(0), [], None
-        turns, questions = [], []
+        decoder, dice, rows, self.kind = json.JSONDecoder(), random.Random(0), array("q"), None
         if as_list:
             at = skip(text, at + 1).end()
         try:
@@ -154,9 +217,8 @@ class Records:
                     raise ValueError("it is not a JSON object")
                 self.kind = self.kind or recognise(record)
                 example = KINDS[self.kind](record, dice)
-                spans.append((at, end))
-                turns.append(len(example.turns))
-                questions.append(zlib.crc32(example.turns[0].replace(IMAGE, "").strip().encode("utf-8", "replace")))
+                question = zlib.crc32(example.turns[0].replace(IMAGE, "").strip().encode("utf-8", "replace"))
+                rows.extend((at, end, len(example.turns), question))
                 at = skip(text, end).end()
                 if as_list and text[at : at + 1] not in (",", "]"):
                     raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
@@ -174,25 +236,23 @@ class Records:
         except (ValueError, RecursionError) as error:
             name = record.get("id", record.get("image", "")) if isinstance(record, dict) else ""
             name = f" (id {short(str(name).encode('latin-1', 'replace').decode(errors='replace'))})" if name else ""
-            raise UserError(f"{path}: sample {len(spans)}{name}: {str(error)[:300]}; mend or remove it") from None
-        if not spans:
+            raise UserError(f"{path}: sample {len(rows) // 4}{name}: {str(error)[:300]}; mend or remove it") from None
+        if not rows:
             raise UserError(f"{path}: holds no samples")
-        self.spans = np.array(spans, dtype=np.int64)  # (n, 2) bytes from, to
-        self.turns, self.questions = np.array(turns, dtype=np.int32), np.array(questions, dtype=np.uint32)  # (n,) each
-        self.bytes = None
+        self.index = np.array(rows).reshape(-1, 4)  # (n, 4) int64: bytes from, to; number of turns; the question's CRC
 
     def __len__(self):
-        return len(self.spans)
+        return len(self.index)
 
     def __getitem__(self, i) -> dict:
-        if self.bytes is None:  # opened where it is used: a map does not travel to a worker process
-            with open(self.path, "rb") as file:
-                self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        start, end = self.spans[i]
-        return json.loads(self.bytes[start:end])
-
-    def __getstate__(self):
-        return {**self.__dict__, "bytes": None}
+        start, end = self.index[i, :2].tolist()
+        try:
+            record = json.loads(self.file.read(start, end - start))
+        except (ValueError, EOFError):
+            record = None
+        if not isinstance(record, dict):
+            raise ValueError(f"{self.path}: sample {i} is not where it was; the file has changed, start again")
+        return record
 
 
 def recognise(record: dict) -> str:
@@ -309,13 +369,70 @@ class Examples:
         question of its own (complex reasoning)."""
         if len(self.parts) > 1 or not isinstance(self.parts[0], Records):
             return np.repeat(np.arange(len(self.parts)), [len(part) for part in self.parts])
-        turns, questions = self.parts[0].turns, self.parts[0].questions
+        turns, questions = self.parts[0].index[:, 2:].T
         _, inverse, counts = np.unique(questions, return_inverse=True, return_counts=True)
         recurs = counts[inverse] >= max(2, OFTEN * len(questions))
         return np.where(turns > 2, 0, np.where(recurs, 1, 2))
 
     def describe(self) -> str:
         return ", ".join(f"{len(part):,} {part.kind}" for part in self.parts)
+
+
+class Zip:
+    """The entries of a zip of any size, by name.
+
+    zipfile makes an object of each entry, half a kilobyte, in each process. Here an entry is a hash of its name and the
+    place of its record in the zip's directory, 20 bytes; zipfile is given a zip of the one entry that is asked for.
+    """
+
+    def __init__(self, path: Path):
+        """Raises as zipfile does, or struct.error or EOFError, if the directory is damaged."""
+        self.file, hashes, places = Pieces(path), array("I"), array("q")
+        tail = self.file.read(max(0, self.file.size - 2**17), min(2**17, self.file.size))
+        end = tail.rfind(b"PK\5\6")  # the end record: where the directory is; zip64 has one more, of 8-byte numbers
+        length, offset = struct.unpack_from("<12x2L", tail, end)
+        if tail[max(0, end - 76) :].startswith(b"PK\6\6"):
+            end -= 76
+            length, offset = struct.unpack_from("<40x2Q", tail, end)
+        at = self.file.size - len(tail) + end - length
+        self.shift = at - offset  # of all offsets, where something was put before the zip
+        with open(path, "rb") as file:
+            file.seek(at)
+            while length > 0:
+                magic, flags, *sizes = struct.unpack("<4s4xH18x3H12x", file.read(46))
+                if magic != b"PK\1\2":
+                    raise zipfile.BadZipFile(f"no directory record at byte {at}")
+                name = file.read(sizes[0]).decode("utf-8" if flags & 0x800 else "cp437")
+                file.read(sizes[1] + sizes[2])
+                hashes.append(zlib.crc32(name.encode()))
+                places.extend((at, size := 46 + sum(sizes)))
+                at, length = at + size, length - size
+        order = np.argsort(hashes, kind="stable")
+        self.hashes, self.places = np.array(hashes)[order], np.array(places).reshape(-1, 2)[order]  # (n,), (n, 2)
+
+    def read(self, name: str) -> bytes:
+        """Raises KeyError if there is no such entry, or as zipfile does of a damaged or encrypted one."""
+        hash = np.uint32(zlib.crc32(name.encode("utf-8", "replace")))
+        first, last = np.searchsorted(self.hashes, hash), np.searchsorted(self.hashes, hash, "right")
+        for start, length in self.places[first:last][::-1].tolist():  # of equal names the last counts
+            record = self.file.read(start, length)
+            (entry,) = self.alone(record).infolist()
+            if entry.filename == name:
+                break
+        else:
+            raise KeyError(name)
+        if max(entry.file_size, entry.compress_size) > MAX_BYTES:
+            raise OSError(f"{entry.file_size} bytes are over the limit of {MAX_BYTES}")
+        start = entry.header_offset + self.shift
+        sizes = struct.unpack("<26x2H", self.file.read(start, 30))  # of the name and what is between it and the data
+        local = self.file.read(start, 30 + sum(sizes) + entry.compress_size)
+        return self.alone(record[:42] + bytes(4) + record[46:], local).read(name)  # its offset is now 0
+
+    @staticmethod
+    def alone(record: bytes, local: bytes = b"") -> zipfile.ZipFile:
+        """The zip of one entry: its header and data, its directory record, the end record."""
+        end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, len(record), len(local), 0)
+        return zipfile.ZipFile(io.BytesIO(local + record + end))
 
 
 class Pictures:
@@ -325,26 +442,25 @@ class Pictures:
         self.path, self.zip = Path(path), None
         if not self.path.exists():
             raise UserError(f"{path}: no such folder or zip of pictures (--images)")
-        if not self.path.is_dir() and not zipfile.is_zipfile(self.path):
-            raise UserError(f"{path}: neither a folder nor a zip (--images)")
-
-    def __getstate__(self):
-        return {"path": self.path, "zip": None}
+        if not self.path.is_dir():
+            if not zipfile.is_zipfile(self.path):
+                raise UserError(f"{path}: neither a folder nor a zip (--images)")
+            try:
+                self.zip = Zip(self.path)
+            except (*DAMAGED, OSError, ValueError) as error:
+                raise UserError(f"{path}: its directory is damaged ({error}); copy or download the zip again (--images)"
+                                ) from None  # fmt: skip
 
     def read(self, name: str) -> bytes:
         """Raises ValueError if there is no such picture."""
         check_inside(name)
         try:
-            if self.path.is_dir():
-                size, read = (self.path / name).stat().st_size, (self.path / name).read_bytes
-            else:
-                self.zip = self.zip or zipfile.ZipFile(self.path)
-                size, read = self.zip.getinfo(name).file_size, lambda: self.zip.read(name)
-            if size > MAX_BYTES:
+            if self.zip:
+                return self.zip.read(name)
+            if (size := (self.path / name).stat().st_size) > MAX_BYTES:
                 raise OSError(f"{size} bytes are over the limit of {MAX_BYTES}")
-            return read()
-        except (KeyError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error,
-                lzma.LZMAError, EOFError) as error:  # fmt: skip
+            return (self.path / name).read_bytes()
+        except (*DAMAGED, KeyError, OSError, RuntimeError, ValueError) as error:
             reason = "it is not there" if isinstance(error, (KeyError, FileNotFoundError)) else str(error)[:200]
             raise ValueError(f"cannot be read from {self.path}: {reason}") from None
 
@@ -458,9 +574,9 @@ class Steps(torch.utils.data.Dataset):
         chosen = self.order[within * self.batch_size :][: self.batch_size]
         step, samples, room = Step([], [], 0, []), [], 0
         for i in chosen[self.rank :: self.world]:
-            example = self.examples.get(int(i), epoch)
-            step.ids.append(example.id)
             try:
+                example = self.examples.get(int(i), epoch)
+                step.ids.append(example.id)
                 sample = self.encode(example)
             except ValueError as error:
                 step.errors.append(str(error))

@@ -1,9 +1,13 @@
 """data.py: what the data sets become, in which order, and how bad input is refused."""
 
 import argparse
+import contextlib
 import io
 import json
+import os
+import pickle
 import random
+import struct
 import zipfile
 
 import numpy as np
@@ -235,6 +239,209 @@ def test_text_that_is_not_utf8_and_files_that_are_not_there_are_named(tmp_path):
     for path in (tmp_path / "none", tmp_path / "x.json"):
         with pytest.raises(UserError, match="--images"):
             data.Pictures(path)
+
+
+# --- full-size data: the kept index of a large file of records, a zip of many entries. (Sizes: full_size.py.)
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A file of records that counts as large, and its index."""
+    monkeypatch.setattr(data, "LARGE", 0)
+    path = write(tmp_path / "c.json", captions(50))
+    return path, tmp_path / ".c.json.index.npz"
+
+
+def whole_readings(monkeypatch) -> list:
+    """One entry for each time that a file is read as a whole."""
+    made, make = [], data.Records.make_index
+    monkeypatch.setattr(data.Records, "make_index", lambda records: made.append(records.path) or make(records))
+    return made
+
+
+def test_the_index_of_a_large_file_is_kept_and_says_the_same(large, monkeypatch):
+    (path, index), made = large, whole_readings(monkeypatch)
+    first, again = data.Examples([path]), data.Examples([path])
+    assert made == [path] and sorted(os.listdir(path.parent)) == [index.name, path.name]
+    assert list(first) == list(again) and first.describe() == again.describe() and len(first) == 50
+    np.testing.assert_array_equal(first.types(), again.types())
+    monkeypatch.setattr(data, "LARGE", path.stat().st_size + 1)
+    index.unlink()
+    data.Examples([path])
+    assert not index.exists()
+
+
+def test_the_index_of_a_file_that_has_changed_is_made_anew(large, monkeypatch):
+    (path, _), made = large, whole_readings(monkeypatch)
+    data.Examples([path])
+    before = path.stat()
+    text = path.read_text()
+    path.write_text(text.replace("A cat. Number 7.", "Two cats, seven."))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # same size, same time, as `cp -p` makes it
+    assert data.Examples([path])[7].turns[1] == "Two cats, seven." and len(made) == 2
+    path.write_text(text + "]")
+    with pytest.raises(UserError, match="c.json: bad JSON in line 1"):
+        data.Examples([path])
+
+
+def test_an_index_that_is_not_whole_or_not_ours_is_made_anew(large, monkeypatch):
+    (path, index), made = large, whole_readings(monkeypatch)
+    records = data.Examples([path]).parts[0]
+    good, dice = index.read_bytes(), random.Random(0)
+    with np.load(index) as arrays:
+        version, kind = arrays["version"], arrays["kind"]
+
+    def npz(**changes):
+        np.savez(file := io.BytesIO(), **(dict(version=version, kind=kind, index=records.index) | changes))
+        return file.getvalue()
+
+    late, swapped = records.index.copy(), records.index[::-1]
+    late[-1, 1] = path.stat().st_size + 1
+    bad = [b"", b"PK", b"no index", good[:-1], good[: len(good) // 2], pickle.dumps([1]), npz(version=version + 1),
+           npz(kind="photographs"), npz(index=late), npz(index=late - 9), npz(index=swapped), npz(index=late[:, :3]),
+           npz(index=late[:0]), npz(index=records.index.astype(float)), npz(index=np.array([None])), npz(index=7),
+           npz(version=3)]  # fmt: skip
+    for at in dice.sample(range(len(good)), 100):  # damaged at any place: made anew, or what was damaged does not count
+        bad.append(good[:at] + bytes([good[at] ^ 255]) + good[at + 1 :])
+    for content in bad:
+        index.write_bytes(content)
+        again = data.Examples([path]).parts[0]
+        assert again.kind == records.kind and (again.index == records.index).all(), content[:300]
+    assert len(made) > 60 and index.read_bytes() == good
+
+
+def test_an_index_that_cannot_be_kept_is_no_error(large, monkeypatch):
+    path, index = large
+    index.mkdir()  # even root cannot put a file there
+    assert len(data.Examples([path])) == 50 and sorted(os.listdir(path.parent)) == [index.name, path.name]
+    monkeypatch.setattr(np, "savez", lambda file, **_: file.write(b"half") and os.write(-1, b""))  # as a full disk does
+    index.rmdir()
+    assert len(data.Examples([path])) == 50 and os.listdir(path.parent) == [path.name]
+
+
+def test_a_file_that_changes_while_it_is_in_use_is_named_with_the_step(sp, folder):
+    all_steps = steps(sp, folder, captions(8))
+    (folder / "data.json").write_text("[]" + " " * 100)
+    assert all(e == f"{folder}/data.json: sample {i} is not where it was; the file has changed, start again" for e, i in
+               zip(all_steps[0].errors, all_steps.order)) and len(all_steps[0].errors) == 8  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A zip of 70,000 entries, which takes zip64's end record."""
+    path = tmp_path_factory.mktemp("zip") / "many.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(70_000):
+            archive.writestr(zipfile.ZipInfo(f"{i}.jpg"), b"%d" % i)
+    return path
+
+
+def test_a_zip_of_many_entries_takes_little_memory_and_travels_to_processes(many):
+    pictures = pickle.loads(pickle.dumps(data.Pictures(many)))
+    assert [pictures.read(f"{i}.jpg") for i in (0, 7, 69_999)] == [b"0", b"7", b"69999"]
+    assert pictures.zip.hashes.nbytes + pictures.zip.places.nbytes == 20 * 70_000
+    with pytest.raises(ValueError, match="it is not there"):
+        pictures.read("70000.jpg")
+
+
+def test_names_of_one_hash_are_told_apart(tmp_path):
+    names = ["b83a3119.jpg", "4505775.jpg"]
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in names:
+            archive.writestr(name, name)
+    pictures = data.Pictures(tmp_path / "x.zip")
+    assert len(set(pictures.zip.hashes)) == 1 and [pictures.read(name).decode() for name in names] == names
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_says_what_zipfile_says(tmp_path, method):
+    """Names of other letters, a name twice, a folder, zip64's sizes, comments, something before the zip."""
+    names = ["a.jpg", "日本/é.jpg", "a.jpg", "x" * 300, "empty", "PK\5\6", "folder/"]  # "xxx" stands in no other
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", method) as archive:
+        for i, name in enumerate(names):
+            info = zipfile.ZipInfo(name)
+            info.comment, info.extra = b"PK\5\6" * i, struct.pack("<HHL", 0x9999, 4, i)
+            with pytest.warns(UserWarning, match="Duplicate") if i == 2 else contextlib.nullcontext():
+                with archive.open(info, "w", force_zip64=i % 2 == 1) as file:
+                    file.write(b"" if i == 4 else b"content" * 50 + bytes([i]))
+        archive.comment = b"PK\6\6" * 30
+    raw = (tmp_path / "x.zip").read_bytes().replace(b"xxx", b"xx\x82")  # a name of DOS's letters, which is not UTF-8
+    names[3] = "xxé" * 100
+    for before in (b"", b"#!/bin/sh\n" * 99):
+        (tmp_path / "x.zip").write_bytes(before + raw)
+        pictures = data.Pictures(tmp_path / "x.zip")
+        with zipfile.ZipFile(tmp_path / "x.zip") as archive:
+            for name in names:
+                assert pictures.read(name) == archive.read(name)
+
+
+def test_an_entry_beyond_4_gigabytes_is_found(tmp_path):
+    """A sparse file: its hole takes no disk."""
+    with open(tmp_path / "x.zip", "wb") as file:
+        file.seek(5 * 2**30)
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("a.jpg", b"far")
+    assert (tmp_path / "x.zip").stat().st_size > 2**32 and data.Pictures(tmp_path / "x.zip").read("a.jpg") == b"far"
+
+
+def with_entry(folder, place, value, name=b"a.jpg"):
+    """A zip of one entry, a number of whose directory record is `value`. place: its offset and struct's letter."""
+    with zipfile.ZipFile(folder / "x.zip", "w") as archive:
+        archive.writestr(name.decode(), b"content")
+        archive.writestr("good.jpg", b"good")
+    raw = bytearray((folder / "x.zip").read_bytes())
+    struct.pack_into("<" + place[1], raw, raw.index(b"PK\1\2") + place[0], value)
+    (folder / "x.zip").write_bytes(raw)
+    return data.Pictures(folder / "x.zip")
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        ((8, "H"), 1, "encrypted, password required"),
+        ((8, "H"), 64, "strong encryption"),
+        ((10, "H"), 99, "compression method is not supported"),
+        ((6, "H"), 99, "zip file version"),
+        ((16, "L"), 7, "Bad CRC-32"),
+        ((20, "L"), 2**27, "the file has"),
+        ((20, "L"), 2**31, "over the limit"),
+        ((20, "L"), 2**32 - 1, "over the limit"),  # promises zip64's numbers, and has none
+        ((24, "L"), 2**31, "over the limit"),
+        ((24, "L"), 3, "Bad CRC-32"),
+        ((42, "L"), 2**31, "the file has"),
+        ((42, "L"), 5, "Bad magic number|the file has|cannot"),
+        ((42, "L"), 2**32 - 1, "the file has"),
+    ],
+)
+def test_a_hostile_or_damaged_entry_is_refused_and_its_neighbour_read(tmp_path, place, value, message):
+    pictures = with_entry(tmp_path, place, value)
+    with pytest.raises(ValueError, match=f"cannot be read from .*x.zip: .*({message})"):
+        pictures.read("a.jpg")
+    assert pictures.read("good.jpg") == b"good"
+
+
+def test_a_zip_damaged_anywhere_gives_the_clear_errors_and_no_wrong_picture(tmp_path):
+    contents = {f"{i}.jpg": b"%d" % i * 30 for i in range(4)}
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content)
+    good, dice, refused = (tmp_path / "x.zip").read_bytes(), random.Random(0), 0
+    for at in range(len(good)):
+        raw = bytearray(good)
+        raw[at] = dice.choice([0, 255, raw[at] ^ 1, raw[at] ^ 128])
+        (tmp_path / "x.zip").write_bytes(raw if at % 2 else raw[:at] if at % 20 == 0 else raw)
+        try:
+            pictures = data.Pictures(tmp_path / "x.zip")
+        except UserError as error:
+            assert "\n" not in str(error) and "x.zip: " in str(error) and "--images" in str(error)
+            refused += 1
+            continue
+        for name, content in contents.items():
+            try:
+                assert pictures.read(name) == content
+            except ValueError as error:
+                assert "cannot be read from" in str(error)
+    assert refused > 20
 
 
 # --- the flat batch
