@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from conversation import UserError, load_tokenizer
+from conversation import UserError, load_tokenizer, visible
 from model import LLaMA, LLaMAConfig, LLaVA, Projection
 from vision import FEATURE_LAYER, HEAD_DIM, VisionConfig, VisionTransformer
 
@@ -125,12 +125,16 @@ def replacing(path):
         os.replace(temporary, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-        free = shutil.disk_usage(path.parent).free // 2**20 if path.parent.is_dir() else 0
-        raise UserError(f"{path}: could not be written ({reason(error)}; {free} MiB are free there), what was there "
-                        "before is unharmed; make room or choose another place") from None  # fmt: skip
+        raise unwritten(path, error) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def unwritten(path: Path, error: BaseException) -> UserError:
+    free = shutil.disk_usage(path.parent).free // 2**20 if path.parent.is_dir() else 0
+    return UserError(f"{path}: could not be written ({reason(error)}; {free} MiB are free there), what was there "
+                     "before is unharmed; make room or choose another place")  # fmt: skip
 
 
 def sync_folder(folder):
@@ -141,11 +145,12 @@ def sync_folder(folder):
         os.close(handle)
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """In a few words of one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
     text = re.sub(r"Weights only load failed.*WeightsUnpickler error:\s*", "", text, flags=re.DOTALL)  # PyTorch's essay
-    return text.split("\n")[0][:150]
+    text = re.sub(r".*inline_container.*unexpected pos.*", "No space left?", text)  # its words for a full disk
+    return visible(text.split("\n")[0])[:150]
 
 
 def write_json(path, data):
@@ -195,8 +200,15 @@ def load_tensors(path):
 
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}
-        if zipped and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-            return TorchScriptReader(path).load().tensors()
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                entries = archive.infolist()
+            stored = [entry.file_size for entry in entries if entry.compress_type == zipfile.ZIP_STORED]
+            script = any(entry.filename.endswith("/constants.pkl") for entry in entries)
+            if sum(stored) > os.path.getsize(path) or len(stored) < len(entries) and not script:
+                raise ValueError("its parts are compressed or overlap")  # PyTorch's never: a zip bomb
+            if script:
+                return TorchScriptReader(path).load().tensors()
         if not zipped and not head.startswith(b"\x80"):  # a bare pickle is PyTorch's format before 1.6
             raise ValueError(f"it begins with {head[:12]!r}")
         with warnings.catch_warnings():
@@ -209,8 +221,8 @@ def load_tensors(path):
     except Exception as error:  # damaged files raise nearly anything
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
-            raise UserError(f"{path}: holds Python objects ({code[1]}), which could run code and are never loaded; get "
-                            "its weights as a plain dict of tensors") from None  # fmt: skip
+            raise UserError(f"{path}: holds Python objects ({visible(code[1])[:120]}), which could run code and are "
+                            "never loaded; get its weights as a plain dict of tensors") from None  # fmt: skip
         raise UserError(f"{path}: damaged or not weights ({reason(error)}; code and objects are never loaded); copy or "
                         "download it again") from None  # fmt: skip
 
@@ -250,12 +262,13 @@ class TorchScriptReader(pickle.Unpickler):
     def __init__(self, path):
         self.archive = zipfile.ZipFile(path)
         self.root = next(name for name in self.archive.namelist() if name.endswith("/data.pkl"))[: -len("data.pkl")]
+        self.storages = {}
         super().__init__(io.BytesIO(self.read("data.pkl")))
 
     def read(self, name) -> bytearray:
         entry = self.archive.getinfo(self.root + name)
         if entry.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{name} is compressed")  # PyTorch never does: a zip bomb
+            raise ValueError(f"{name} is compressed")  # PyTorch never does, but the code: a zip bomb
         return bytearray(self.archive.read(entry))
 
     def find_class(self, module, name):
@@ -269,7 +282,10 @@ class TorchScriptReader(pickle.Unpickler):
 
     def persistent_load(self, pid):
         _, dtype, key, *_ = pid  # ("storage", dtype, key, device, numel)
-        return torch.frombuffer(self.read(f"data/{key}"), dtype=dtype).clone()  # memory of PyTorch's own
+        if (key, dtype) not in self.storages:  # read once, however often it is named
+            storage = torch.frombuffer(self.read(f"data/{key}"), dtype=dtype).clone()  # memory of PyTorch's own
+            self.storages[key, dtype] = storage
+        return self.storages[key, dtype]
 
     def rebuild(self, data, offset, size, stride, *_):
         return data.as_strided(size, stride, offset)  # checks the bounds
@@ -279,7 +295,17 @@ def load_weights(path) -> dict[str, torch.Tensor]:
     weights = load_tensors(path)
     if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
         raise UserError(f"{path}: expected a dict of tensors, as torch.save(model.state_dict(), ...) writes it")
+    if odd := [str(name) for name, tensor in weights.items() if not ordinary(tensor)]:
+        raise UserError(f"{path}: {few(odd)}: not stored as plain numbers, or claims more of them than the file holds; "
+                        "get the weights as a plain dict of dense tensors")  # fmt: skip
     return {str(name): tensor.detach() for name, tensor in weights.items()}
+
+
+def ordinary(tensor: torch.Tensor) -> bool:
+    """Dense numbers in memory: a few bytes of pickle can claim any size (stride 0), or be another kind of tensor."""
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def load_folder(folder: Path) -> dict[str, torch.Tensor]:
@@ -288,9 +314,10 @@ def load_folder(folder: Path) -> dict[str, torch.Tensor]:
         index, files = folder / f"{name}.index.json", [name]
         if index.is_file():
             places = read_json(index, dict).get("weight_map")
-            files = sorted(map(str, set(places.values()))) if isinstance(places, dict) else [""]
-            if any(file != Path(file).name or not file for file in files):
+            files = list(places.values()) if isinstance(places, dict) else [""]
+            if not all(isinstance(f, str) and re.fullmatch(r"[\w.-]{1,200}", f) and f == Path(f).name for f in files):
                 raise UserError(f"{index}: expected a weight_map from names to files of this folder")
+            files = sorted(set(files))
         elif not (folder / name).is_file():
             continue
         weights = {}
@@ -309,9 +336,12 @@ def checksum(path) -> str:
     digest, path = hashlib.sha256(), Path(path)
     for part in sorted(path.iterdir()) if path.is_dir() else [path]:
         if part == path or part.name == "config.json" or part.suffix in (".bin", ".safetensors"):
-            with open(part, "rb") as file:
-                while block := file.read(2**20):
-                    digest.update(block)
+            try:
+                with open(part, "rb") as file:
+                    while block := file.read(2**20):
+                        digest.update(block)
+            except OSError as error:
+                raise UserError(f"{part}: cannot be read ({reason(error)}); is the path right?") from None
     return digest.hexdigest()
 
 
@@ -357,10 +387,7 @@ def fill(model: nn.Module, parts: dict, dtype, path, finish=lambda name, tensor:
         if dim is not None:
             shape[dim] /= len(parts[name])
         for tensor in parts[name]:
-            # A few bytes of pickle can claim any size (stride 0), or be another kind of tensor.
-            plain = tensor.is_floating_point() and tensor.layout == torch.strided and tensor.device.type == "cpu"
-            plain = plain and tensor.itemsize > 1  # float8 has its scale elsewhere
-            if list(tensor.shape) != shape or not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+            if list(tensor.shape) != shape or not tensor.is_floating_point() or tensor.itemsize == 1:  # float8
                 came = f"{tuple(tensor.shape)} {str(tensor.dtype)[6:]}"
                 wrong += [f"{name} {came} instead of ({', '.join(f'{n:g}' for n in shape)}) float16 or wider"]
     problems = {"missing": parameters.keys() - parts, "unexpected": parts.keys() - parameters, "wrong": set(wrong)}
@@ -417,15 +444,17 @@ def llama_config(folder) -> LLaMAConfig:
     """The architecture alone, of params.json or config.json; no weights are read, and none need be there."""
     folder = Path(folder)
     if (folder / "params.json").is_file():
-        tokenizer = folder / "tokenizer.model"
+        path, tokenizer = folder / "params.json", folder / "tokenizer.model"
         rows = load_tokenizer(tokenizer).vocab_size() if tokenizer.exists() else 32000
-        return raw_config(folder / "params.json", rows)
+        return raw_config(read_json(path, dict), path, rows)
     if (folder / "config.json").is_file():
         return hf_config(folder / "config.json")[0]
     raise UserError(f"{folder}: no LLaMA there: expected params.json (Meta's raw folder) or config.json (Hugging Face)")
 
 
 def load_raw_llama(folder: Path, dtype) -> LLaMA:
+    path = folder / "params.json"
+    given = read_json(path, dict)
     files = sorted(folder.glob("consolidated.*.pth"))
     if not files or [file.name for file in files] != [f"consolidated.{i:02}.pth" for i in range(len(files))]:
         found = ", ".join(file.name for file in files) or "none"
@@ -435,13 +464,11 @@ def load_raw_llama(folder: Path, dtype) -> LLaMA:
         for name, pieces in translate(load_weights(file), RAW_LLAMA, file).items():
             parts.setdefault(name, []).extend(pieces)
     rows = sum(piece.shape[:1].numel() for piece in parts.get("output.weight", []))
-    path = folder / "params.json"
-    return build_llama(raw_config(path, rows), parts, dtype, path)
+    return build_llama(raw_config(given, path, rows), parts, dtype, path)
 
 
-def raw_config(path: Path, rows: int) -> LLaMAConfig:
+def raw_config(given: dict, path: Path, rows: int) -> LLaMAConfig:
     """Of params.json. rows: the vocabulary's size where that says -1, "as many as the tokenizer has"."""
-    given = read_json(path, dict)
     if given.keys() - PARAMS:
         raise UserError(f"{path}: {few(given.keys() - PARAMS)} is not in LLaMA 1 or 2; take one of these")
     params = {"n_kv_heads": given.get("n_heads"), "ffn_dim_multiplier": 1, "rope_theta": 10000.0, "vocab_size": -1}
@@ -583,8 +610,9 @@ def load_vision(path, feature_layer: int = FEATURE_LAYER, dtype=torch.float32) -
         if match := re.match(r"transformer\.resblocks\.([0-9]{1,4})\.(.*)", name):
             blocks.setdefault(int(match[1]), {})[match[2]] = [piece.shape for piece in pieces]
     conv1, embedding = (parts.get(name, [torch.empty(0)])[0] for name in ("conv1.weight", "positional_embedding"))
-    grid = math.isqrt(max(0, len(embedding) - 1))
-    square = embedding.dim() == 2 and grid > 0 and grid**2 == len(embedding) - 1
+    patches = len(embedding) - 1 if embedding.dim() == 2 else 0
+    grid = math.isqrt(max(0, patches))
+    square = grid > 0 and grid**2 == patches
     if conv1.dim() != 4 or 0 in conv1.shape or len(conv1) % HEAD_DIM or not square:
         raise UserError(f"{path}: no CLIP ViT in it (conv1.weight {tuple(conv1.shape)}, positional_embedding "
                         f"{tuple(embedding.shape)}); take OpenAI's ViT-L-14.pt or its Hugging Face folder")  # fmt: skip
@@ -685,21 +713,23 @@ def load_run(run, dtype=torch.float32) -> tuple[LLaVA, object, dict]:
         if not (run / name).is_file():
             raise UserError(f"{run / name}: no such file: no finished run; let train.py --out {run} end first")
     config, vision = read_json(run / "config.json", dict), read_json(run / "vision.json", dict)
-    if config.get("stage") not in (1, 2) or not {"path", "sha256", "feature_layer"} <= vision.keys():
+    kinds = {"path": str, "sha256": str, "feature_layer": int}
+    if config.get("stage") not in (1, 2) or not all(isinstance(vision.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{run}: config.json has no stage, or vision.json no path, sha256, feature_layer; train again")
-    llama_path = run if config["stage"] == 2 else Path(str(config.get("llama")))
-    for name, key, path in (("vision.json", "path", Path(str(vision["path"]))), ("config.json", "llama", llama_path)):
-        if not path.exists():
-            raise UserError(f"{run / name}: {path} is not there any more; put it back, or set {key!r} in this file to "
-                            "where it is now")  # fmt: skip
+    llama_path = run if config["stage"] == 2 else Path(str(config.get("llama") or None))
+    for name, key, path in (("vision.json", "path", Path(vision["path"])), ("config.json", "llama", llama_path)):
+        if not (os.path.isfile(path) or os.path.isdir(path)):  # and no device, which never ends
+            raise UserError(f"{run / name}: {visible(str(path))[:500]} is not there any more; put it back, or set "
+                            f"{key!r} in this file to where it is now")  # fmt: skip
     if checksum(vision["path"]) != vision["sha256"]:
         raise UserError(f"{vision['path']}: not the ViT that {run} was trained with (vision.json has another sha256); "
                         "put that one back, or train again")  # fmt: skip
-    llava = build(
-        load_llama(llama_path, dtype),
-        load_vision(vision["path"], vision["feature_layer"], dtype),
-        load_projector(run / "projector.pth"),
-    )
+    llama = load_llama(llama_path, dtype)
+    vit, projector = load_vision(vision["path"], vision["feature_layer"], dtype), load_projector(run / "projector.pth")
+    try:
+        llava = build(llama, vit, projector)
+    except UserError as error:
+        raise UserError(f"{run}: {error}") from None
     return llava, open_tokenizer(llama_path / "tokenizer.model", llava.llama), config
 
 
@@ -759,7 +789,8 @@ def load_state(run) -> dict | None:
     if not path.exists():
         return None
     state, kinds = load_tensors(path), {"step": int, "trained": dict, "optimizer": dict}
-    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items()):
+    sound = isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in kinds.items())
+    if not sound or state["step"] < 0:
         raise UserError(f"{path}: expected {', '.join(kinds)}, as train.py saves them; remove it, or --no-resume to "
                         "begin anew")  # fmt: skip
     return state

@@ -41,6 +41,11 @@ class UserError(Exception):
     """What came, what was expected, and the remedy, in one line; `main()` prints it without a traceback."""
 
 
+def visible(text: str) -> str:
+    """What comes from a file, in a message: no sign of it acts on the terminal or ends the line."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
 class HelpForm(argparse.ArgumentDefaultsHelpFormatter):
     """Adds a flag's default to its help, unless that is None: then the help says what happens without the flag."""
 
@@ -54,8 +59,8 @@ def load_tokenizer(path) -> sentencepiece.SentencePieceProcessor:
         raise UserError(f"{path}: no such file; a LLaMA folder needs its SentencePiece `tokenizer.model`")
     try:
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"{path}: not a SentencePiece model ({str(error).splitlines()[0][:100]})") from None
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a SentencePiece model ({visible(str(error).splitlines()[0])[:100]})") from None
     if sp.bos_id() < 0:
         raise UserError(f"{path}: has no <s> (BOS), which every conversation starts with; take a LLaMA's tokenizer")
     return sp

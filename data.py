@@ -213,6 +213,8 @@ class Records:
             while at < len(text) and not (as_list and text[at] == "]"):
                 record = None
                 record, end = decoder.raw_decode(text, at)
+                if not (spelled := text[at:end]).isascii():
+                    record = json.loads(spelled.encode("latin-1"))  # as it will be read
                 if not isinstance(record, dict):
                     raise ValueError("it is not a JSON object")
                 self.kind = self.kind or recognise(record)
@@ -235,7 +237,7 @@ class Records:
             ) from None
         except (ValueError, RecursionError) as error:
             name = record.get("id", record.get("image", "")) if isinstance(record, dict) else ""
-            name = f" (id {short(str(name).encode('latin-1', 'replace').decode(errors='replace'))})" if name else ""
+            name = f" (id {short(str(name))})" if name else ""
             raise UserError(f"{path}: sample {len(rows) // 4}{name}: {str(error)[:300]}; mend or remove it") from None
         if not rows:
             raise UserError(f"{path}: holds no samples")
@@ -279,19 +281,20 @@ class ScienceQA:
                             "captions give their JSON file")  # fmt: skip
         problems, splits = (read_json(folder / name, dict) for name in ("problems.json", "pid_splits.json"))
         if not isinstance(splits.get(split), list):
-            raise UserError(f"{folder / 'pid_splits.json'}: has no split {split!r}; it has {', '.join(splits)}")
+            names = ", ".join(map(short, [*splits][:9]))
+            raise UserError(f"{folder / 'pid_splits.json'}: has no split {split!r}; it has {names}")
         self.records, missing = [], []
         for id in splits[split]:
             if not isinstance(id, str) or id not in problems:
-                raise UserError(f"{folder}: split {split} names problem {id!r}, which problems.json does not hold")
+                raise UserError(f"{folder}: split {split} names problem {id!r:.80}, which problems.json does not hold")
             record = check_problem(id, problems[id], folder / "problems.json")
             if record["image"]:
                 path = f"images/{record['split']}/{id}/{record['image']}"
                 try:
                     check_inside(path)
                 except ValueError as error:
-                    raise UserError(f"{folder / 'problems.json'}: problem {id}: {error}") from None
-                is_there = (folder / path).is_file()
+                    raise UserError(f"{folder / 'problems.json'}: problem {short(id)}: {error}") from None
+                is_there = os.path.isfile(folder / path)  # of a name that is too long as well: False
                 missing += [] if is_there else [id]
                 if is_there or absent == "keep":
                     record["image_path"] = path
@@ -301,8 +304,8 @@ class ScienceQA:
         if missing and absent == "refuse":
             raise UserError(
                 f"{folder}: the pictures of {len(missing)} of {len(self.records)} problems are absent (the first is "
-                f"{missing[0]}: images/{problems[missing[0]]['split']}/{missing[0]}/); unpack ScienceQA's pictures "
-                "there, or give --missing-pictures-as-text to ask those problems without one"
+                f"{short(missing[0])}: images/{short(problems[missing[0]]['split'])}/{short(missing[0])}/); unpack "
+                "ScienceQA's pictures there, or give --missing-pictures-as-text to ask those problems without one"
             )
         self.missing = missing
 
@@ -317,22 +320,22 @@ def check_problem(id: str, record: dict, path: Path) -> dict:
     """A problem of problems.json with its `id` and an empty `image_path`; absent texts become empty ones."""
 
     def refuse(reason):
-        raise UserError(f"{path}: problem {id}: {reason}")
+        raise UserError(f"{path}: problem {short(id)}: {reason}")
 
     if not isinstance(record, dict):
         refuse("expected a JSON object")
     record = {**record, "id": id, "image_path": None}
     for key, kind in dict(question=str, choices=list, answer=int, split=str).items():
         if not isinstance(record.get(key), kind) or isinstance(record[key], bool):
-            refuse(f"`{key}` is {record.get(key)!r}; expected {kind.__name__}")
+            refuse(f"`{key}` is {record.get(key)!r:.80}; expected {kind.__name__}")
     for key in ("hint", "lecture", "solution", "image"):
         if not isinstance(record.setdefault(key, None) or "", str):
-            refuse(f"`{key}` is {record[key]!r}; expected text")
+            refuse(f"`{key}` is {record[key]!r:.80}; expected text")
         record[key] = record[key] or ""
     if not 1 <= len(record["choices"]) <= len(LETTERS) or not all(isinstance(c, str) for c in record["choices"]):
         refuse(f"`choices` must be 1 to {len(LETTERS)} texts")
     if not 0 <= record["answer"] < len(record["choices"]):
-        refuse(f"answer {record['answer']} is beyond its {len(record['choices'])} choices")
+        refuse(f"answer {record['answer']!r:.80} is beyond its {len(record['choices'])} choices")
     return record
 
 
@@ -423,10 +426,13 @@ class Zip:
             raise KeyError(name)
         if max(entry.file_size, entry.compress_size) > MAX_BYTES:
             raise OSError(f"{entry.file_size} bytes are over the limit of {MAX_BYTES}")
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise OSError("it is neither stored nor deflated")  # the others unpack without a bound
         start = entry.header_offset + self.shift
         sizes = struct.unpack("<26x2H", self.file.read(start, 30))  # of the name and what is between it and the data
         local = self.file.read(start, 30 + sum(sizes) + entry.compress_size)
-        return self.alone(record[:42] + bytes(4) + record[46:], local).read(name)  # its offset is now 0
+        with self.alone(record[:42] + bytes(4) + record[46:], local).open(name) as file:  # its offset is now 0
+            return file.read(entry.file_size + 1)  # no more, whatever a bomb would unpack to; to the end: its CRC counts
 
     @staticmethod
     def alone(record: bytes, local: bytes = b"") -> zipfile.ZipFile:

@@ -200,7 +200,8 @@ class Shards(Replicas):
     @staticmethod
     def saved(run) -> dict | None:
         whole = [file.parent.name.removeprefix("step-") for file in Path(run, "state").glob("step-*/.metadata")]
-        return dict(step=max(map(int, whole))) if whole else None
+        whole = [int(step) for step in whole if step.isdecimal()]
+        return dict(step=max(whole)) if whole else None
 
     def save(self, run, step: int, optimizer):
         """run/state/step-N, each process writing its part.
@@ -218,8 +219,9 @@ class Shards(Replicas):
         try:
             dcp.save(dict(trained=weights, moments=state["state"]), checkpoint_id=folder)
         except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-            raise UserError(f"{folder}: could not be written ({reason(error)}), the state before it is unharmed; make "
-                            "room or choose another place") from None  # fmt: skip
+            if dist.get_rank() == 0:
+                shutil.rmtree(folder, ignore_errors=True)  # no process writes any more: room for what comes
+            raise checkpoint.unwritten(folder, first(error)) from None
         if dist.get_rank() == 0:
             for old in folder.parent.glob("step-*"):
                 if old != folder:
@@ -234,11 +236,16 @@ class Shards(Replicas):
         try:
             dcp.load(dict(trained=weights, moments=moments["state"]), storage_reader=reader)
         except (Exception, dcp.api.CheckpointException) as error:
-            raise ValueError(reason(error)) from None
+            raise ValueError(reason(first(error))) from None
         set_state_dict(self.model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
 
 
 WAYS = {"ddp": Replicas, "fsdp": Shards}
+
+
+def first(error: BaseException) -> BaseException:
+    """The error itself, or the first of those that PyTorch gathers from the processes that save or load together."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
 
 
 class PlainReader(dcp.FileSystemReader):
@@ -255,6 +262,8 @@ class PlainReader(dcp.FileSystemReader):
     def read_metadata(self, *args, **kwargs):
         with open(self.path / ".metadata", "rb") as file:
             metadata = self.Unpickler(file).load()
+        if not all(re.fullmatch(r"[\w.]*\.distcp", place.relative_path) for place in metadata.storage_data.values()):
+            raise pickle.UnpicklingError("it names a file that has no place in this folder")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import traceback
 import warnings
 import zipfile
 from pathlib import Path
@@ -23,8 +24,10 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import ROOT, error, randomize
+from torch.distributed.checkpoint.api import CheckpointException
 
 import checkpoint
+import parallel
 from checkpoint import load_llama, load_projector, load_run, load_vision, save_llama, save_run
 from conversation import UserError
 from model import LLaMA, LLaMAConfig, LLaVA, Projection, flat_attention, positions
@@ -40,11 +43,12 @@ def refused(path, *words):
         def __enter__(self):
             self.raises = pytest.raises(UserError)
             self.info = self.raises.__enter__()
+            return self
 
         def __exit__(self, *how):
             assert self.raises.__exit__(*how)
             message = str(self.info.value)
-            assert "\n" not in message and str(path) in message, message
+            assert message.isprintable() and str(path) in message, message
             assert all(word in message for word in words), message
             return True
 
@@ -305,7 +309,7 @@ def broken_shards(name):
         "unequal norms": (lambda a, b: b.update({norm: torch.zeros(64)}), [norm, "differs"]),
         "float8": (lambda a, b: [s.update({norm: s[norm].to(torch.float8_e4m3fn)}) for s in (a, b)], [norm, "float8"]),
         "integers": (lambda a, b: a.update({wq: torch.ones(32, 64, dtype=torch.int8)}), ["wrong", wq, "int8"]),
-        "claims more than its bytes": (lambda a, b: a.update({wq: torch.ones(1).expand(32, 64)}), ["wrong", wq]),
+        "claims more than its bytes": (lambda a, b: a.update({wq: torch.ones(1).expand(32, 64)}), [wq, "than the file"]),
         "not a name": (lambda a, b: a.update({7: torch.ones(1)}), ["unexpected", "7"]),
         "not a tensor": (lambda a, b: a.update({wq: [1.0]}), ["dict of tensors"]),
     }[name]
@@ -699,6 +703,41 @@ def test_damaged_files_are_named(tmp_path):
         load_projector(tmp_path / "model.safetensors")
 
 
+def test_messages_of_damaged_files_are_one_printable_line(tmp_path):
+    path = tmp_path / "projector.pth"
+    torch.save({"weight": torch.ones(3, 3)}, path)
+    path.write_bytes(path.read_bytes().replace(b"little", b"\x1b[2J\r\n"))
+    with refused(path, "endianness", "\ufffd[2J"):
+        load_projector(path)
+
+
+@pytest.mark.parametrize("kind", ["nested", "sparse", "meta"])
+def test_tensors_of_other_kinds_are_refused(tmp_path, kind):
+    other = {"nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "sparse": torch.ones(3, 3).to_sparse(),
+             "meta": torch.ones(3, 3, device="meta")}[kind]  # fmt: skip
+    torch.save({"weight": other}, tmp_path / "projector.pth")
+    with refused(tmp_path / "projector.pth", "weight", "dense tensors"):
+        load_projector(tmp_path / "projector.pth")
+
+
+def test_zips_that_unpack_to_more_than_they_are_long_are_refused(tmp_path):
+    torch.save({"weight": torch.zeros(1000, 1000)}, tmp_path / "whole.pth")
+    with zipfile.ZipFile(tmp_path / "whole.pth") as whole, zipfile.ZipFile(tmp_path / "bomb.pth", "w") as bomb:
+        for name in whole.namelist():
+            bomb.writestr(name, whole.read(name), zipfile.ZIP_DEFLATED)
+    with refused(tmp_path / "bomb.pth", "compressed or overlap"):
+        load_projector(tmp_path / "bomb.pth")
+
+
+@pytest.mark.parametrize("place", [["a"], {}, None, 7, "", "a\0b", "a\nb", "../a.bin", "\ud800"], ids=repr)
+def test_an_index_that_names_no_files_of_its_folder_is_refused(tmp_path, place):
+    folder = write_hf(their_llama(8), tmp_path / "hf", "bin index")
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": place}}))
+    with refused(index, "weight_map"):
+        load_llama(folder)
+
+
 def test_pytorch_format_before_1_6(theirs, tmp_path):
     new, old = write_raw(theirs, tmp_path / "new"), write_raw(theirs, tmp_path / "old")
     shared = torch.load(new / "consolidated.00.pth")
@@ -802,6 +841,14 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     assert os.listdir(tmp_path / "state") == ["training.pth"]
 
 
+def test_a_full_disk_is_said_in_few_words_whoever_meets_it():
+    full = OSError(28, "No space left on device")
+    shared = CheckpointException("write", {1: (full, traceback.extract_stack())})  # of process 1
+    assert checkpoint.reason(parallel.first(full)) == checkpoint.reason(parallel.first(shared)) == "No space left on device"
+    writer = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    assert checkpoint.reason(writer) == "No space left?"
+
+
 def test_killed_while_saving_the_state_is_an_old_or_a_new_one(tmp_path):
     dice, seen = random.Random(1), set()
     for _ in range(12):
@@ -851,6 +898,16 @@ def test_a_state_that_is_none(tmp_path, state):
 
 
 # --- run directories
+
+
+def test_a_state_of_no_step_is_none(tmp_path):
+    for name in ("step-x", "step--1", "step-\u00b2", "step-3"):
+        (tmp_path / "state" / name).mkdir(parents=True)
+        (tmp_path / "state" / name / ".metadata").touch()
+    assert parallel.Shards.saved(tmp_path) == {"step": 3}
+    checkpoint.save_state(tmp_path, {"trained": {}, "optimizer": {}}, -1)
+    with refused(tmp_path / "state/training.pth", "remove it"):
+        checkpoint.load_state(tmp_path)
 
 
 @pytest.fixture
@@ -906,6 +963,29 @@ def test_run_with_another_vit_or_llama_is_refused(parts):
     assert equal(load_run(root / "run")[0], llava)
     (root / "llama").rename(root / "elsewhere")
     with refused(root / "run/config.json", str(root / "llama"), "'llama'"):
+        load_run(root / "run")
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("vision.json", {"feature_layer": [1]}), ("vision.json", {"feature_layer": None}), ("vision.json", {"path": 3}),
+    ("vision.json", {"path": "/dev/zero"}), ("vision.json", {"path": "a" * 10_000}), ("vision.json", {"path": "\n\0"}),
+    ("config.json", {"llama": ""}), ("config.json", {"llama": "a/" * 5000}), ("config.json", {"stage": {}}),
+], ids=lambda value: str(value)[:40])  # fmt: skip
+def test_runs_with_hostile_settings_are_refused(parts, name, changes):
+    root, llava = parts
+    save(root, llava, 1)
+    path = root / "run" / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with refused(root / "run", name) as check:
+        load_run(root / "run")
+    assert len(str(check.info.value)) < 1000
+
+
+def test_a_run_whose_parts_do_not_fit_is_named(parts):
+    root, llava = parts
+    save(root, llava, 1)
+    torch.save({"weight": torch.ones(64, 3)}, root / "run/projector.pth")
+    with refused(root / "run", "the projector's weight is (64, 3)"):
         load_run(root / "run")
 
 

@@ -197,9 +197,12 @@ def test_show(tiny_tokenizer):
 def test_a_tokenizer_that_is_none(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load_tokenizer(tmp_path / "tokenizer.model")
-    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
-    with pytest.raises(UserError, match="not a SentencePiece model"):
-        load_tokenizer(tmp_path / "tokenizer.model")
+    whole = (ROOT / "demo/llama-scenes4-seed1/tokenizer.model").read_bytes()
+    for damaged in (b"not a model", whole.replace(b"<0x80>", b"<0x8\x06>")):
+        (tmp_path / "tokenizer.model").write_bytes(damaged)
+        with pytest.raises(UserError, match="not a SentencePiece model") as info:
+            load_tokenizer(tmp_path / "tokenizer.model")
+        assert str(info.value).isprintable()
 
 
 def test_a_tokenizer_without_bos(tmp_path):

@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import struct
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -113,6 +114,21 @@ def test_a_picture_that_unpacks_to_gigabytes_or_is_damaged_in_its_zip_is_refused
             data.Pictures(folder / images).read(name)
 
 
+@pytest.mark.parametrize("method, message", [(zipfile.ZIP_DEFLATED, "CRC"), (zipfile.ZIP_BZIP2, "neither stored nor"),
+                                             (zipfile.ZIP_LZMA, "neither stored nor")])  # fmt: skip
+def test_a_picture_that_claims_to_be_small_takes_no_memory(tmp_path, method, message):
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", method) as archive:
+        archive.writestr("a.png", bytes(16 * 10**6))
+    raw = (tmp_path / "bomb.zip").read_bytes()
+    (tmp_path / "bomb.zip").write_bytes(raw.replace((16 * 10**6).to_bytes(4, "little"), (1000).to_bytes(4, "little")))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=message):
+        data.Pictures(tmp_path / "bomb.zip").read("a.png")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20, peak
+
+
 def test_names_from_a_file_cannot_act_on_the_terminal(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps([{"id": "日本\n\x1b[2J" + "x" * 999, "conversations": []}], ensure_ascii=False))
     with pytest.raises(UserError, match=r"\(id 日本\\n\\x1b\[2Jx+\): it has no conversations; mend or remove it$") as error:
@@ -161,6 +177,8 @@ def test_scienceqa_is_read_as_published(scienceqa):
         (dict(problems={**SCIENCEQA, "1": {**SCIENCEQA["1"], "split": "../.."}}), "leads out of the picture folder"),
         (dict(problems={**SCIENCEQA, "1": {**SCIENCEQA["1"], "image": "x.png"}}), "pictures of 1 of 2 problems are absent"),
         (dict(splits={"train": []}), "has no split 'test'; it has train"),
+        (dict(splits={"\n" + "x" * 999: []}), r"it has \\nx+$"),
+        (dict(problems={**SCIENCEQA, "1": {**SCIENCEQA["1"], "image": "x" * 999}}), "pictures of 1 of 2 problems are absent"),
         (dict(problems="{"), "not JSON at line 1, column 2"),
     ],
 )
@@ -221,6 +239,7 @@ GOOD = json.dumps(captions(1)[0])
         (json.dumps([{"image": "a\\..\\b", "caption": "x"}]), "leads out of the picture folder"),
         (json.dumps([{"image": "a\0b", "caption": "x"}]), "is not a path"),
         (json.dumps([{"image": 7, "caption": "x"}]), "it is not"),
+        ('[{"image": "a.png", "caption": "\u00a0"}]', r"sample 0 \(id a.png\): it is not"),  # not two letters of Latin-1
         ('[{"image": "a.png", "caption": ' + "9" * 5000 + "}]", "sample 0|bad JSON"),
     ],
 )
@@ -400,7 +419,7 @@ def with_entry(folder, place, value, name=b"a.jpg"):
     [
         ((8, "H"), 1, "encrypted, password required"),
         ((8, "H"), 64, "strong encryption"),
-        ((10, "H"), 99, "compression method is not supported"),
+        ((10, "H"), 99, "neither stored nor deflated"),
         ((6, "H"), 99, "zip file version"),
         ((16, "L"), 7, "Bad CRC-32"),
         ((20, "L"), 2**27, "the file has"),

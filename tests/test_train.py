@@ -605,7 +605,10 @@ def test_no_code_in_a_sharded_state_runs(inputs, chat, tmp_path):
     with_bytes = pickle.loads(whole)
     key = next(iter(with_bytes.state_dict_metadata))
     with_bytes.state_dict_metadata[key] = BytesStorageMetadata()  # PyTorch would unpickle what it stands for
-    for bad in (pickle.dumps(Bomb(tmp_path / "went_off")), whole[: len(whole) // 2], pickle.dumps(with_bytes)):
+    elsewhere = pickle.loads(whole)
+    next(iter(elsewhere.storage_data.values())).relative_path = "../../../inputs/has no place here"
+    for bad in (pickle.dumps(Bomb(tmp_path / "went_off")), whole[: len(whole) // 2], pickle.dumps(with_bytes),
+                pickle.dumps(elsewhere)):  # fmt: skip
         metadata.write_bytes(bad)
         stderr = run(arguments, 1, expect=1)[1]
         assert "is of another model (" in stderr and not (tmp_path / "went_off").exists()
