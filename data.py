@@ -432,7 +432,7 @@ class Zip:
         sizes = struct.unpack("<26x2H", self.file.read(start, 30))  # of the name and what is between it and the data
         local = self.file.read(start, 30 + sum(sizes) + entry.compress_size)
         with self.alone(record[:42] + bytes(4) + record[46:], local).open(name) as file:  # its offset is now 0
-            return file.read(entry.file_size + 1)  # no more, whatever a bomb would unpack to; to the end: its CRC counts
+            return file.read(entry.file_size + 1)  # to the end: its CRC counts; no more: it may be a bomb
 
     @staticmethod
     def alone(record: bytes, local: bytes = b"") -> zipfile.ZipFile:

@@ -237,7 +237,17 @@ def keep_metrics(path: Path, step: int):
     for line in path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []:
         with suppress(ValueError, KeyError, TypeError):
             kept += [line] * (line.endswith("\n") and json.loads(line)["step"] <= step)
-    path.write_text("".join(kept))
+    with checkpoint.replacing(path) as file:
+        file.write("".join(kept).encode())
+
+
+def note(path: Path, **line):
+    """Adds a line of JSON. A half one, of a disk that is full, is dropped by `keep_metrics`."""
+    try:
+        with open(path, "a") as file:
+            print(json.dumps(line), file=file)
+    except OSError as error:
+        raise checkpoint.unwritten(path, error) from None
 
 
 def sit_exam(name: str, model, encode: Encoder, prefix, shift: int = 0) -> list[str]:
@@ -361,7 +371,6 @@ def train(a, rank: int, world: int, device: torch.device):
                         worker_init_fn=leave_signals_to_parent)  # fmt: skip
     interrupt, cut_samples, bad_samples, bad_steps, began = Interrupt(), 0, 0, 0, time.time()
     bar = tqdm(total=total, initial=start, unit="step", desc=f"stage {a.stage}", disable=rank != 0, smoothing=0.1)
-    log = open(a.out / "metrics.jsonl", "a") if rank == 0 else None
 
     t = start  # steps done
     for step in loader:
@@ -401,9 +410,7 @@ def train(a, rank: int, world: int, device: torch.device):
         else:  # the step is not taken
             bad_steps, samples = bad_steps + 1, gathered(step.ids)
             if rank == 0:
-                with open(a.out / "bad_steps.jsonl", "a") as file:
-                    print(json.dumps(dict(step=t + 1, loss=str(loss), grad_norm=str(grad_norm), ids=samples)),
-                          file=file)  # fmt: skip
+                note(a.out / "bad_steps.jsonl", step=t + 1, loss=str(loss), grad_norm=str(grad_norm), ids=samples)
             if bad_steps > a.max_bad_steps:
                 if t > start:
                     save(t)
@@ -414,13 +421,13 @@ def train(a, rank: int, world: int, device: torch.device):
 
         t, cut_samples = t + 1, cut_samples + int(cut)
         now = time.time()
-        line = dict(step=t, loss=loss if finite else None, lr=lr, grad_norm=grad_norm if finite else None,
-                    green_tokens=int(green), tokens=int(tokens), seconds=round(now - began, 4))  # fmt: skip
         bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{tokens / (now - began):,.0f}", refresh=False)
         bar.update()
+        if rank == 0 and (t % a.log_every == 0 or t == total):
+            note(a.out / "metrics.jsonl", step=t, loss=loss if finite else None, lr=lr,
+                 grad_norm=grad_norm if finite else None, green_tokens=int(green), tokens=int(tokens),
+                 seconds=round(now - began, 4))  # fmt: skip
         began = now
-        if log and (t % a.log_every == 0 or t == total):
-            print(json.dumps(line), file=log, flush=True)
         if a.save_every and t % a.save_every == 0 and t < total:
             save(t, for_use=False)
     bar.close()
