@@ -591,7 +591,8 @@ def load_vision(path, feature_layer: int = FEATURE_LAYER, dtype=torch.float32) -
         config = whole.get("vision_config", whole)
         kind = whole.get("model_type")
         if kind not in ("clip", "clip_vision_model") or not isinstance(config, dict):
-            raise UserError(f"{path / 'config.json'}: model_type is {kind!r}, expected 'clip' or 'clip_vision_model'")
+            raise UserError(f"{path / 'config.json'}: model_type is {kind!r:.80}, expected 'clip' or "
+                            "'clip_vision_model'")  # fmt: skip
         (width,) = numbers({"hidden_size": 768} | config, ["hidden_size"], path / "config.json")  # defaults: ViT-B's
         check_only(
             path / "config.json",
@@ -745,8 +746,8 @@ def open_run(run, device, trained_by: str, **must_be) -> tuple:
     config = read_json(path, dict)
     for name, value in must_be.items():
         if config.get(name) != value:
-            raise UserError(f"{path}: trained with {name} {config.get(name)!r}, here it must be {value!r}; take a run "
-                            f"of: {trained_by}")  # fmt: skip
+            raise UserError(f"{path}: trained with {name} {config.get(name)!r:.80}, here it must be {value!r}; take a "
+                            f"run of: {trained_by}")  # fmt: skip
     bf16 = config.get("precision") == "bf16"
     model, sp, _ = load_run(run, torch.bfloat16 if bf16 else torch.float32)
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()

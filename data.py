@@ -399,6 +399,8 @@ class Zip:
             length, offset = struct.unpack_from("<40x2Q", tail, end)
         at = self.file.size - len(tail) + end - length
         self.shift = at - offset  # of all offsets, where something was put before the zip
+        if at < 0:
+            raise zipfile.BadZipFile(f"{length} bytes of directory in a file of {self.file.size}")
         with open(path, "rb") as file:
             file.seek(at)
             while length > 0:

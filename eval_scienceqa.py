@@ -105,8 +105,8 @@ def read_predictions(path: Path) -> dict[str, str]:
     outputs = predictions["outputs"] if isinstance(predictions.get("outputs"), dict) else predictions
     for id, text in outputs.items():
         if not isinstance(text, str):
-            raise UserError(f"{path}: the answer to {id!r} is {json.dumps(text)[:60]}; expected its text (the file is "
-                            '{id: text}, or {"outputs": {id: text}})')  # fmt: skip
+            raise UserError(f"{path}: the answer to {id!r:.80} is {json.dumps(text)[:60]}; expected its text (the file "
+                            'is {id: text}, or {"outputs": {id: text}})')  # fmt: skip
     return {id: text.encode("utf-8", "replace").decode() for id, text in outputs.items()}  # no lone surrogates
 
 

@@ -505,7 +505,10 @@ def in_zip_edit(whole: bytes, dice) -> bytes:
 
 
 def other_tensor(dice, t: torch.Tensor):
-    n, t = dice.choice([0, 1, 3, 64]), t if checkpoint.ordinary(t) else torch.ones(8, 8)
+    n, t = (
+        dice.choice([0, 1, 3, 64]),
+        t if checkpoint.ordinary(t) and max(t.shape, default=0) < 10**6 else torch.ones(8, 8),
+    )
     with torch.random.fork_rng(devices=[]):
         return dice.choice([
             lambda: torch.tensor(1.0), lambda: torch.empty(0), lambda: torch.empty(0, 64), lambda: torch.ones(n, 64),
@@ -798,16 +801,18 @@ def one(i: int, seed: int, root: Path, good: dict, verbose=False) -> list:
     folder = root / "case" / folder
     files = [path for path in good if folder in path.parents]
     changed, done = dice.sample(files, min(len(files), dice.choice([1, 1, 1, 2]))), []
+    damaged = {}
     for path in changed:
         try:
-            way, content = mutate(path, good[path], dice)
+            way, damaged[path] = mutate(path, good[path], dice)
         except Exception as error:
-            return [name, "finding", "", f"the mutation itself failed: {type(error).__name__}: {error!r:.200}"]
+            return [name, "finding", "", f"the mutation itself failed: {error!r:.200}"]
         done.append(f"{way} {path.relative_to(folder)}")
+    for path, content in damaged.items():
         path.unlink()  # it may be mapped: never written into
         path.write_bytes(content)
         if verbose:
-            print(f"{path}: {len(good[path])} -> {len(content)} bytes by {way}")
+            print(f"{path}: {len(good[path])} -> {len(content)} bytes, {'; '.join(done)}")
     before, began = tree(root), time.process_time()
     anywhere = name.startswith("load_run")  # its paths are settings
     WATCH.allowed, WATCH.seen = tuple([""] if anywhere else [str(root / "case"), *SYSTEM]), []

@@ -544,6 +544,13 @@ def test_every_clip_gives_the_features_of_transformers(tmp_path, kind, monkeypat
             load_vision(path, layer)
 
 
+def test_a_long_setting_is_not_shown_whole(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "m" * 5000}))
+    with refused(tmp_path / "config.json", "model_type is 'mmm") as check:
+        load_vision(tmp_path)
+    assert len(str(check.info.value)) < 1000
+
+
 def test_other_clips_are_refused(tmp_path):
     weights = in_openai_layout(their_clip())
 

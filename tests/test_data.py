@@ -463,6 +463,21 @@ def test_a_zip_damaged_anywhere_gives_the_clear_errors_and_no_wrong_picture(tmp_
     assert refused > 20
 
 
+def test_a_zip_whose_end_promises_what_is_not_there_is_refused(tmp_path, many):
+    raw, path = bytearray(many.read_bytes()), tmp_path / "x.zip"
+    zip64 = raw.rindex(b"PK\6\6")
+    for place, value in ((40, 2**64 - 1), (40, 2**63), (40, len(raw)), (40, 1000), (48, 2**64 - 1), (48, 10**6)):
+        damaged = raw.copy()
+        struct.pack_into("<Q", damaged, zip64 + place, value)
+        path.write_bytes(damaged)
+        with pytest.raises((UserError, ValueError), match="directory is damaged.*--images|cannot be read from"):
+            data.Pictures(path).read("5.jpg")
+    with zipfile.ZipFile(path, "w"):
+        pass
+    with pytest.raises(ValueError, match="it is not there"):
+        data.Pictures(path).read("5.jpg")
+
+
 # --- the flat batch
 
 
