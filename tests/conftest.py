@@ -1,6 +1,7 @@
 """What several test files share: tiny seeded models, their twins in `transformers`, a tiny tokenizer, flat batches."""
 
 import io
+import signal
 import sys
 from pathlib import Path
 
@@ -19,6 +20,8 @@ SHARED = ROOT.parent / "shared" / "data"  # outside the repository: what needs i
 VIT = VisionConfig(image_size=42, patch_size=14, width=128, layers=3)  # 2 heads, 9 patches
 VOCAB = 97
 torch.set_num_threads(1)  # the models here are too small for more
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # begun in the background of a script: what is started here would
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # be deaf to Ctrl-C
 
 
 @pytest.fixture(scope="session")
