@@ -142,7 +142,7 @@ class Replicas:
             checkpoint.save_state(run, dict(trained=trained, optimizer=optimizer.state_dict()), step)
 
     def load(self, run, state: dict, optimizer):
-        """Raises ValueError, RuntimeError, KeyError or TypeError if the state is of another model."""
+        """Raises nearly anything if the state is of another model, or damaged."""
         if state["trained"].keys() != self.trained.keys():
             raise ValueError("it has other parameters")
         self.model.load_state_dict(state["trained"], strict=False)

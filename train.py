@@ -354,7 +354,7 @@ def train(a, rank: int, world: int, device: torch.device):
         start = state["step"]
         try:
             share.load(a.out, state, optimizer)
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # of what is damaged, nearly anything
             raise UserError(f"{a.out}/state: is of another model ({checkpoint.reason(error)}); give back the one that "
                             "the run was begun with, or --no-resume to begin anew") from None  # fmt: skip
         say(f"{a.out}: goes on after step {start} of {total}")

@@ -507,7 +507,7 @@ def in_zip_edit(whole: bytes, dice) -> bytes:
 def other_tensor(dice, t: torch.Tensor):
     n, t = (
         dice.choice([0, 1, 3, 64]),
-        t if checkpoint.ordinary(t) and max(t.shape, default=0) < 10**6 else torch.ones(8, 8),
+        t if checkpoint.ordinary(t) and not t.is_quantized and max(t.shape, default=0) < 10**6 else torch.ones(8, 8),
     )
     with torch.random.fork_rng(devices=[]):
         return dice.choice([
