@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import checkpoint
 from checkpoint import reason
@@ -97,6 +98,8 @@ def leave(error: Exception, rank: int, world: int):
         what = "another process of this run ended; its own message says why"
     if what:
         error = UserError(f"{what} ({reason(error)}); the same command goes on from the last saved state")
+    for bar in list(tqdm._instances):
+        bar.close()  # the error gets a line of its own
     if world == 1:
         raise error
     line = f"error: {f'(process {rank}) ' * (rank > 0)}{error}\n" if isinstance(error, UserError) else None

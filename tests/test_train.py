@@ -534,7 +534,7 @@ def test_an_error_in_the_middle_of_a_run_harms_nothing_written_and_is_one_line(i
     victim = f"{data.order(range(30), epoch=0, seed=0)[24]}.png"  # the first sample of step 4
     (tmp_path / "pics" / victim).write_bytes(b"no picture")
     stderr = run(arguments, expect=1)[1]
-    assert "Traceback" not in stderr and f"error: step 4: sample {victim}: picture {victim}: not a readable" in stderr
+    assert "Traceback" not in stderr and f"\nerror: step 4: sample {victim}: picture {victim}: not a readable" in stderr
     assert len(metrics(out)) == 3 and checkpoint.load_state(out)["step"] == 3
     (tmp_path / "pics" / victim).write_bytes((inputs / "images" / victim).read_bytes())
     run(arguments)
