@@ -717,7 +717,7 @@ def load_run(run, dtype=torch.float32) -> tuple[LLaVA, object, dict]:
     kinds = {"path": str, "sha256": str, "feature_layer": int}
     if config.get("stage") not in (1, 2) or not all(isinstance(vision.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{run}: config.json has no stage, or vision.json no path, sha256, feature_layer; train again")
-    llama_path = run if config["stage"] == 2 else Path(str(config.get("llama") or None))
+    llama_path = llama_of(run, config)
     for name, key, path in (("vision.json", "path", Path(vision["path"])), ("config.json", "llama", llama_path)):
         if not (os.path.isfile(path) or os.path.isdir(path)):  # and no device, which never ends
             raise UserError(f"{run / name}: {visible(str(path))[:500]} is not there any more; put it back, or set "
@@ -732,6 +732,11 @@ def load_run(run, dtype=torch.float32) -> tuple[LLaVA, object, dict]:
     except UserError as error:
         raise UserError(f"{run}: {error}") from None
     return llava, open_tokenizer(llama_path / "tokenizer.model", llava.llama), config
+
+
+def llama_of(run, config: dict) -> Path:
+    """Where the LLaMA of a run with this config is: in stage 2 in its own directory."""
+    return Path(run) if config.get("stage") == 2 else Path(str(config.get("llama") or None))
 
 
 def open_run(run, device, trained_by: str, **must_be) -> tuple:

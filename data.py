@@ -43,6 +43,7 @@ REQUESTS = (  # the naive expansion of a caption asks one of these at random
     "Name what the picture shows, without detail.",
 )
 OFTEN = 0.005  # a request for a description is shared by this part of the samples; a reasoning question is not
+LLAVA, CAPTIONS = "LLaVA conversations", "captions"  # the kinds of a file of records
 INDEX = 1  # the version of what is kept of a file of records; another counts as none
 LARGE = 2**24  # bytes: a smaller file of records is read in a second, and nothing is kept of it
 MAX_BYTES = 2**28  # of an encoded picture: beyond, it is taken for a bomb
@@ -178,7 +179,7 @@ class Records:
                     return False
                 self.kind, self.index = str(arrays["kind"]), arrays["index"]
             places = self.index[:, :2].ravel()
-            right = self.kind in KINDS and self.index.dtype == np.int64 and self.index.shape[1] == 4
+            right = self.kind in (LLAVA, CAPTIONS) and self.index.dtype == np.int64 and self.index.shape[1] == 4
             return bool(right and 0 <= places.min() and places.max() <= version[1] and (np.diff(places) >= 0).all())
         except Exception:  # damaged files raise nearly anything
             return False
@@ -259,9 +260,9 @@ class Records:
 
 def recognise(record: dict) -> str:
     if "conversations" in record:
-        return "LLaVA conversations"
+        return LLAVA
     if "caption" in record:
-        return "captions"
+        return CAPTIONS
     raise ValueError(
         f"its keys are {', '.join(map(repr, list(record)[:8])) or 'none'}; expected `conversations` (LLaVA JSON) or "
         "`image` and `caption`; for ScienceQA give the folder"
@@ -339,7 +340,7 @@ def check_problem(id: str, record: dict, path: Path) -> dict:
     return record
 
 
-KINDS = {"LLaVA conversations": from_llava, "captions": from_caption, ScienceQA.kind: from_scienceqa}
+KINDS = {LLAVA: from_llava, CAPTIONS: from_caption, ScienceQA.kind: from_scienceqa}
 
 
 class Examples:

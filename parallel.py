@@ -15,6 +15,7 @@ import shutil
 import sys
 import traceback
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -42,6 +43,9 @@ def start_processes() -> tuple[int, int, torch.device]:
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node: process {local + 1} of this machine has no GPU, there are "
+                            f"{torch.cuda.device_count()}; start as many processes")  # fmt: skip
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -51,7 +55,9 @@ def start_processes() -> tuple[int, int, torch.device]:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        on_gpu = device if device.type == "cuda" else None
+        # While one process writes tens of GB the others wait: longer than NCCL's ten minutes.
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2), device_id=on_gpu)
     return rank, world, device
 
 
@@ -86,17 +92,23 @@ def by_process_0(do, rank: int) -> list[str]:
     return lines
 
 
+def from_outside(error: Exception) -> str | None:
+    """What an error means that comes from the machine or another process, and not from files or from this code."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is full: lower --micro-batch-tokens, add --checkpoint-activations, see --plan"
+    if isinstance(error, (ConnectionError, EOFError)) or re.search(r"DataLoader worker \(pid", str(error)):
+        return "a process of --workers died, out of memory perhaps"
+    if re.search("(closed|reset) by (remote )?peer|remote process exited", str(error)):  # gloo's words, and NCCL's
+        return "another process of this run ended; its own message says why"
+    return None
+
+
 def leave(error: Exception, rank: int, world: int):
     """Ends this process because of an error; one among several at once, with the error printed, so that all end.
 
     An ordinary end would first take down the connections to the others, and can wait for ever if those wait for it.
     """
-    what = None
-    if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error):
-        what = "a process of --workers died, out of memory perhaps"
-    elif re.search("(closed|reset) by peer", str(error)):
-        what = "another process of this run ended; its own message says why"
-    if what:
+    if what := from_outside(error):
         error = UserError(f"{what} ({reason(error)}); the same command goes on from the last saved state")
     for bar in list(tqdm._instances):
         bar.close()  # the error gets a line of its own
@@ -115,7 +127,9 @@ class Replicas:
     def __init__(self, model: LLaVA, device: torch.device, precision: str):
         self.model, self.device = model.to(device), device
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.run = DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
+        self.run = model
+        if dist.is_initialized():  # all processes have loaded the same: nothing to send around at the start
+            self.run = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
 
     def in_turn(self, batches: list[Batch], none: Batch):
         """The micro-batches of a step, each on the device; processes exchange gradients after the last alone."""
@@ -162,7 +176,7 @@ class Shards(Replicas):
         What is called by itself in `LLaVA.forward` is a unit of its own; the ViT, frozen and small, stays whole. One
         unit after another goes to the device and is shared: the whole model is never there.
         """
-        self.model = self.run = model
+        self.model, self.run, self.step = model, model, None  # the step of the state that is on the disk
         self.device, mesh, llama = device, init_device_mesh(device.type, (dist.get_world_size(),)), model.llama
         as_is = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)  # the stream between blocks: fp32
         computing = as_is if precision == "fp32" else dataclasses.replace(as_is, param_dtype=torch.bfloat16)
@@ -212,8 +226,8 @@ class Shards(Replicas):
         PyTorch writes the folder's .metadata last, by a rename: a folder with it is whole. Then the older ones go.
         """
         folder, options = Path(run) / "state" / f"step-{step}", StateDictOptions(ignore_frozen_params=True)
-        if (folder / ".metadata").exists():
-            return  # this step's state is there already; it is not put at risk
+        if step == self.step:
+            return  # it is there already, and not put at risk
         weights, state = get_state_dict(self.model, optimizer, options=options)
         dist.barrier()
         if dist.get_rank() == 0:
@@ -225,6 +239,7 @@ class Shards(Replicas):
             if dist.get_rank() == 0:
                 shutil.rmtree(folder, ignore_errors=True)  # no process writes any more: room for what comes
             raise checkpoint.unwritten(folder, first(error)) from None
+        self.step = step
         if dist.get_rank() == 0:
             for old in folder.parent.glob("step-*"):
                 if old != folder:
@@ -241,9 +256,10 @@ class Shards(Replicas):
         except (Exception, dcp.api.CheckpointException) as error:
             raise ValueError(reason(first(error))) from None
         set_state_dict(self.model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
+        self.step = state["step"]
 
 
-WAYS = {"ddp": Replicas, "fsdp": Shards}
+PARALLEL = {"ddp": Replicas, "fsdp": Shards}
 
 
 def first(error: BaseException) -> BaseException:

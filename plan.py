@@ -1,4 +1,4 @@
-"""`train.py --plan`: what each GPU would hold, counted from the shapes. No weights are read, nothing runs.
+"""`train.py --plan`: what each GPU would hold, counted from the shapes. The LLaMA's weights are not read, nothing runs.
 
 Counted in bytes are the weights, the gradients, AdamW's two moments, what is whole or copied while a block computes,
 and what the backward pass needs of each position of a micro-batch. Not counted: what lives for a moment only (a ViT's
@@ -47,10 +47,10 @@ def plan(c: LLaMAConfig, v: VisionConfig, stage: int, parallel: str, gpus: int, 
         "AdamW": 8 * trains / share,
     }
     if parallel == "fsdp":  # two blocks at a time, words and output; and the gradients of one block, words and output
-        found["whole"] = compute * (2 * block + words) + (4 if stage == 2 else compute) * words
-        found["whole"] += (compute + 4) * (block + words) + 4 * words if stage == 2 else 0
+        found["gathered"] = compute * (2 * block + words) + (4 if stage == 2 else compute) * words
+        found["gathered"] += (compute + 4) * (block + words) + 4 * words if stage == 2 else 0
     else:  # autocast's copies of what trains
-        found["whole"] = 2 * (llama - words) if bf16 and stage == 2 else 0
+        found["gathered"] = 2 * (llama - words) if bf16 and stage == 2 else 0
     stream = 2 if bf16 and stage == 1 else 4
     blocks = c.n_layers * stream * c.dim + kept(c, stage, bf16) if checkpoint_activations else (
         c.n_layers * kept(c, stage, bf16))  # fmt: skip
@@ -66,7 +66,7 @@ def table(c: LLaMAConfig, v: VisionConfig, stages, gpus: int, memory: int, preci
         f"LLaMA of {(c.n_layers * block + 2 * words + c.dim) / 1e9:.2f} G parameters, ViT of {vit / 1e9:.2f} G, W of "
         f"{W / 1e6:.1f} M; {precision}, {gpus} GPUs of {memory} GiB ({RESERVE // GIB} of them left to CUDA)",
         f"GiB on each GPU, with micro-batches of {tokens:,} positions (--micro-batch-tokens):", "",
-        f"{'':39}weights gradients   AdamW   whole activations   total   fits  largest micro-batch",
+        f"{'':39}weights gradients   AdamW gathered activations   total   fits  largest micro-batch",
     ]  # fmt: skip
     for stage in stages:
         for parallel in ("ddp", "fsdp"):
@@ -76,7 +76,7 @@ def table(c: LLaMAConfig, v: VisionConfig, stages, gpus: int, memory: int, preci
                 room = (memory * GIB - RESERVE - fixed) / (found["activations"] / tokens)
                 largest = f"{2 ** (int(room).bit_length() - 1):,}" if room >= 512 else "none"
                 name = f"stage {stage} {parallel}{' --checkpoint-activations' * again}"
-                columns = zip((*found.values(), total), (7, 10, 8, 8, 12, 8))
+                columns = zip((*found.values(), total), (7, 10, 8, 9, 12, 8))
                 lines.append(f"{name:39}" + "".join(f"{n / GIB:{width}.1f}" for n, width in columns)
                              + f"{'yes' if room >= tokens else 'no':>7}{largest:>21}")  # fmt: skip
     return "\n".join(lines)

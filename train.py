@@ -28,7 +28,7 @@ import demo
 import plan
 from conversation import TEMPLATE, HelpForm, UserError, system_ids
 from data import SCIENCEQA_PROMPT, Encoder, Example, Examples, Pictures, ScienceQA, Steps, ask
-from parallel import WAYS, by_process_0, gathered, leave, start_processes, summed
+from parallel import PARALLEL, by_process_0, from_outside, gathered, leave, start_processes, summed
 from vision import FEATURE_LAYER, PREPROCESSING
 
 PAPER = {  # section 4.2: what each run of the paper uses
@@ -165,7 +165,7 @@ def leave_signals_to_parent(worker: int):
 
 def settings_of(a) -> dict:
     """Every flag as JSON keeps it; paths are absolute, so that another way to write one is no other setting."""
-    settings = {k: v for k, v in vars(a).items() if k not in ("resume", "out")}
+    settings = {k: v for k, v in vars(a).items() if k not in ("resume", "out", "plan", "gpus", "gpu_memory")}
     for name in ("llama", "vision", "projector", "init_from", "images"):
         settings[name] = settings[name] and str(Path(settings[name]).resolve())
     return settings | {"data": [str(Path(path).resolve()) for path in a.data]}
@@ -207,7 +207,7 @@ def enter_run(a, config: dict, rank: int) -> dict | None:
     """
     begun = settings_begun(a.out)  # again: before the lock, another run may have begun
     if a.resume and begun is not None:
-        state = WAYS[a.parallel].saved(a.out)
+        state = next(filter(None, (way.saved(a.out) for way in PARALLEL.values())), None)  # another way is refused
         for name, now in config["settings"].items():
             if state and name not in MAY_CHANGE and begun.get(name, now) != now:
                 raise UserError(
@@ -242,7 +242,7 @@ def keep_metrics(path: Path, step: int):
 
 
 def note(path: Path, **line):
-    """Adds a line of JSON. A half one, of a disk that is full, is dropped by `keep_metrics`."""
+    """Adds a line of JSON."""
     try:
         with open(path, "a") as file:
             print(json.dumps(line), file=file)
@@ -250,7 +250,7 @@ def note(path: Path, **line):
         raise checkpoint.unwritten(path, error) from None
 
 
-def sit_exam(name: str, model, encode: Encoder, prefix, shift: int = 0) -> list[str]:
+def sit_exam(name: str, model, encode: Encoder, prefix, shift=0) -> list[str]:
     """The model's answers to what the demo asks about its held-out scenes."""
     prompts = [Example(image, [text], image) for text, image in demo.exam(name, shift)]
     return ask(model, encode, prompts, prefix, max_new_tokens=64)
@@ -266,8 +266,7 @@ def start_model(a, dtype: torch.dtype):
         model, _, begun = checkpoint.load_run(a.init_from, llama_dtype)
         model.vision.to(dtype)
         model.projector.float()
-        run = Path(a.init_from)
-        llama, vision = run if (run / "params.json").is_file() else begun["llama"], begun["vision"]
+        llama, vision = checkpoint.llama_of(a.init_from, begun), begun["vision"]
     else:
         llama, vision = a.llama, a.vision
         projector = checkpoint.load_projector(a.projector) if a.projector else None
@@ -345,27 +344,32 @@ def train(a, rank: int, world: int, device: torch.device):
     state = enter_run(a, config, rank)
     examined = a.demo and rank == 0 and a.name != "scienceqa"  # which eval_scienceqa.py does
     if examined:
-        before = sit_exam(a.name, model, encode, read_prefix())
+        with autocast(model.projector.weight.device):
+            before = sit_exam(a.name, model, encode, read_prefix())
 
-    share = WAYS[a.parallel](model, device, precision)
-    optimizer = torch.optim.AdamW(share.trained.values(), lr=a.lr, weight_decay=0.0, fused=device.type == "cuda")
+    trainer = PARALLEL[a.parallel](model, device, precision)
+    optimizer = torch.optim.AdamW(trainer.trained.values(), lr=a.lr, weight_decay=0.0, fused=device.type == "cuda")
     start = 0
     if state:
         start = state["step"]
         try:
-            share.load(a.out, state, optimizer)
+            trainer.load(a.out, state, optimizer)
         except Exception as error:  # of what is damaged, nearly anything
-            raise UserError(f"{a.out}/state: is of another model ({checkpoint.reason(error)}); give back the one that "
-                            "the run was begun with, or --no-resume to begin anew") from None  # fmt: skip
+            if from_outside(error):
+                raise
+            raise UserError(f"{a.out}/state: is of another model or damaged ({checkpoint.reason(error)}); give back "
+                            "what the run was begun with, or --no-resume to begin anew") from None  # fmt: skip
         say(f"{a.out}: goes on after step {start} of {total}")
     if rank == 0:
         keep_metrics(a.out / "metrics.jsonl", start)
 
     def save(step, for_use=True):
         """The state to go on from, and unless training just goes on, what evaluation and chat use."""
-        share.save(a.out, step, optimizer)
-        if for_use and (whole := share.whole()):
+        trainer.save(a.out, step, optimizer)
+        if for_use and (whole := trainer.whole()):
             checkpoint.save_run(a.out, whole, config | {"step": step}, tokenizer, a.stage)
+        if dist.is_initialized():
+            dist.barrier()  # no process ends while another still writes
 
     loader = DataLoader(steps, batch_size=None, sampler=range(start, total), num_workers=a.workers,
                         worker_init_fn=leave_signals_to_parent)  # fmt: skip
@@ -397,12 +401,12 @@ def train(a, rank: int, world: int, device: torch.device):
         for group in optimizer.param_groups:
             group["lr"] = lr
         nll_sum = 0.0
-        for batch in share.in_turn(step.batches, none=encode.flatten([])):
+        for batch in trainer.in_turn(step.batches, none=encode.flatten([])):
             with autocast(device):
-                nll, _ = share.run(batch.ids, batch.green, batch.cu_seqlens, batch.pixels, prefix)
+                nll, _ = trainer.run(batch.ids, batch.green, batch.cu_seqlens, batch.pixels, prefix)
             (nll * world / green).backward()  # Eq. 3; times world because processes' gradients are averaged
             nll_sum += nll.item()
-        grad_norm = share.clip(MAX_GRAD_NORM)
+        grad_norm = trainer.clip(MAX_GRAD_NORM)
         loss = summed(nll_sum, device=device)[0] / green
         finite = math.isfinite(loss + grad_norm)
         if finite:
@@ -436,7 +440,8 @@ def train(a, rank: int, world: int, device: torch.device):
     if cut_samples:
         say(f"{cut_samples} samples were longer than --max-length {a.max_length} and were cut")
     saved = checkpoint.read_json(a.out / "config.json", dict).get("step")
-    if saved != t or not (a.out / "projector.pth").is_file():  # else nothing was left to do
+    unsaved = t and (saved != t or not (a.out / "projector.pth").is_file())  # else nothing has been learnt since
+    if summed(rank == 0 and unsaved, device=device)[0]:
         save(t)
     if t < total:
         say(f"stopped after step {t} of {total}; the same command goes on from there ({a.out})")
@@ -444,7 +449,8 @@ def train(a, rank: int, world: int, device: torch.device):
     say(f"{a.out}: stage {a.stage} is done, {total} steps")
     if examined:
         model = checkpoint.load_run(a.out, dtype)[0].to(device)
-        after, swapped = (sit_exam(a.name, model, encode, read_prefix(), shift) for shift in (0, 1))
+        with autocast(device):
+            after, swapped = (sit_exam(a.name, model, encode, read_prefix(), shift) for shift in (0, 1))
         checkpoint.write_json(a.out / "exam.json", dict(name=a.name, before=before, after=after, swapped=swapped))
         say("\n" + demo.report(a.out))
     if dist.is_initialized():
@@ -455,6 +461,8 @@ def print_plan(a):
     for name in ("gpus", "gpu_memory", "micro_batch_tokens"):
         if getattr(a, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be 1 or more")
+    if a.init_from:
+        a.llama = checkpoint.llama_of(a.init_from, checkpoint.read_json(Path(a.init_from) / "config.json", dict))
     llama = checkpoint.llama_config(a.llama or demo.LLAMA)
     vision = a.vision or (None if a.llama else demo.VISION)
     vision = checkpoint.load_vision(vision).config if vision else plan.VIT_L

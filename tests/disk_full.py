@@ -21,8 +21,8 @@ import torch
 from kill import FIXTURES, Folders, result, start, tree
 from test_train import flags, metrics, stage_2
 
-import checkpoint
 from conversation import UserError
+from parallel import PARALLEL
 
 PATIENCE = 60  # seconds that a run may take to end on a full disk
 SIZE = 6 * 2**20
@@ -39,9 +39,9 @@ def fill(ballast: Path, leave: int):
             pass  # full
 
 
-def step_saved(out: Path) -> int:
+def step_saved(out: Path) -> int | str:
     try:
-        return (checkpoint.load_state(out) or {"step": 0})["step"]
+        return max(state["step"] for state in [{"step": 0}, *(way.saved(out) for way in PARALLEL.values())] if state)
     except UserError as error:
         return f"DAMAGED: {error}"
 
@@ -96,7 +96,9 @@ def trials(n: int, only: str, dice, root: Path, disk: Path) -> tuple[int, int]:
              ("stage 1, metrics", 0, stage_1 + ["--epochs", "20", "--save-every", "0", "--out"])]  # fmt: skip
     kinds = [kind for kind in kinds if only in kind[0]]
     whole, lost, full = {}, 0, 0
-    while full < n:
+    for _ in range(3 * n):
+        if full == n:
+            break
         name, processes, arguments = kinds[full % len(kinds)]
         if name not in whole:
             out = root / f"whole-{len(whole)}"
@@ -123,7 +125,7 @@ def trials(n: int, only: str, dice, root: Path, disk: Path) -> tuple[int, int]:
         again = start([*arguments, str(out)], processes)  # still full
         wrong += ended(again, processes)
         ballast.unlink()
-        if first == 0:
+        if first == 0 and not wrong:
             continue  # it was already done
         full += 1
         process = start([*arguments, str(out)], processes)

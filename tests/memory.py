@@ -1,6 +1,6 @@
 """Measures what each process of a training holds, and sets it beside what `train.py --plan` counts.
 
-    python tests/memory.py
+    python tests/memory.py          # exit status 1 if more is held than planned and a seventh, or less than three quarters
 
 Stage 2 of two sizes, on the CPU in fp32, ddp and fsdp with two processes. Measured is the peak of a process's own
 memory (RssAnon: without files that are mapped), less that of the same training of a tiny model: Python and PyTorch.
@@ -53,6 +53,7 @@ def main():
         vision = checkpoint.load_vision(inputs / "vit.pt").config
         os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what a process frees goes back at once, and is not measured
         print(f"{'GiB in each process':32}{'measured':>10}{'planned':>10}")
+        wrong = 0
         for c in SIZES:
             llama = root / f"llama-{c.dim}"
             checkpoint.save_llama(LLaMA(c), llama, torch.float16)
@@ -62,9 +63,11 @@ def main():
                 held, tokens = measure(root, inputs, llama, parallel, processes)
                 shutil.rmtree(root / f"llama-{parallel}-{processes}")  # for the next size
                 found = plan(c, vision, 2, parallel, processes, "fp32", int(tokens), False)
+                wrong += not 3 / 4 < (held - nothing) / sum(found.values()) < 8 / 7
                 print(f"{f'{c.dim} x {c.n_layers}, {parallel}, processes: {processes}':32}{(held - nothing) / GIB:10.2f}"
                       f"{sum(found.values()) / GIB:10.2f}   "
                       + ", ".join(f"{k} {v / GIB:.2f}" for k, v in found.items()), flush=True)  # fmt: skip
+        raise SystemExit(bool(wrong))
 
 
 if __name__ == "__main__":

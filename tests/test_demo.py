@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from test_train import in_process
 
 import checkpoint
 import data
@@ -26,6 +27,19 @@ def folder(tmp_path_factory):
 def scenes(n, held_out=False, seed=0):
     dice = random.Random(seed)
     return [demo.draw_scene(dice, held_out) for _ in range(n)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_is_examined_before_and_after(folder, tmp_path, monkeypatch, capsys, precision):
+    few = demo.heldout(folder)[:3]
+    monkeypatch.setattr(demo, "FOLDER", folder)
+    monkeypatch.setattr(demo, "heldout", lambda _: few)
+    flags = ["--precision", precision, "--max-steps", "1", "--batch-size", "4", "--workers", "0", "--out"]
+    for stage, more, answers in (("1", [], 3), ("2", ["--init-from", str(tmp_path / "1")], 6)):
+        in_process(["--stage", stage, *more, *flags, str(tmp_path / stage)])
+        kept = json.loads((tmp_path / stage / "exam.json").read_text())
+        assert [len(kept[name]) for name in ("before", "after", "swapped")] == [answers] * 3
+        assert "another scene's picture" in capsys.readouterr().out
 
 
 def test_held_out_scenes_are_in_no_training_data(folder):

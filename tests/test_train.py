@@ -358,6 +358,16 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(inputs, tmp
     assert metrics(tmp_path)[0]["lr"] == 0.5
 
 
+def test_a_run_of_one_process_is_not_gone_on_with_as_fsdp_nor_lost(inputs, tmp_path):
+    arguments = flags(inputs, tmp_path, max_steps=2, save_every=1)
+    in_process(arguments)
+    (tmp_path / "projector.pth").unlink()  # as if it had been killed before its end
+    state = (tmp_path / "state/training.pth").read_bytes()
+    stderr = run([*arguments, "--parallel", "fsdp"], 1, expect=1)[1]
+    assert "was begun with --parallel ddp, now it is fsdp" in stderr
+    assert (tmp_path / "state/training.pth").read_bytes() == state
+
+
 def test_no_folder_that_is_not_a_run_is_written_to(inputs, tmp_path):
     (tmp_path / "config.json").write_text('{"mine": 1}')
     (tmp_path / "state").mkdir()
@@ -385,10 +395,10 @@ def test_a_run_that_lost_a_part_says_so_or_mends_it(inputs, tmp_path):
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
     state = checkpoint.load_state(tmp_path)
     checkpoint.save_state(tmp_path, state | {"trained": {"projector.weight": torch.zeros(3, 3)}}, 1)
-    with pytest.raises(UserError, match="state: is of another model"):
+    with pytest.raises(UserError, match="state: is of another model or damaged"):
         in_process(arguments)
     checkpoint.save_state(tmp_path, state | {"trained": {}}, 1)
-    with pytest.raises(UserError, match="state: is of another model .*other parameters"):
+    with pytest.raises(UserError, match="state: is of another model or damaged .*other parameters"):
         in_process(arguments)
     (tmp_path / "state/training.pth").unlink()
     with pytest.raises(UserError, match="no state/ to go on from"):
@@ -611,7 +621,7 @@ def test_no_code_in_a_sharded_state_runs(inputs, chat, tmp_path):
                 pickle.dumps(elsewhere)):  # fmt: skip
         metadata.write_bytes(bad)
         stderr = run(arguments, 1, expect=1)[1]
-        assert "is of another model (" in stderr and not (tmp_path / "went_off").exists()
+        assert "is of another model or damaged (" in stderr and not (tmp_path / "went_off").exists()
         assert "has no place" in stderr or len(bad) < len(whole)
 
 
