@@ -114,7 +114,7 @@ def obey(chat: Chat, line: str):
         chat.look(path if command == "/image" else chat.path)
         note(f"begun anew, about {chat.path or 'no picture'}")
     else:
-        note(HELP)
+        note(HELP if command == "/help" else f"{line}: no such command, or its FILE is missing\n{HELP}")
 
 
 def talk(chat: Chat):

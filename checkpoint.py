@@ -710,9 +710,10 @@ def load_run(run, dtype=torch.float32) -> tuple[LLaVA, object, dict]:
     Raises UserError if the run is not finished, or its ViT (or, in stage 1, its LLaMA) is not where it was or another.
     """
     run = Path(run)
-    for name in ("config.json", "vision.json", "projector.pth"):
-        if not (run / name).is_file():
-            raise UserError(f"{run / name}: no such file: no finished run; let train.py --out {run} end first")
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run}: no finished run is there; first train it (the demo's: torchrun train.py --stage 1)")
+    if name := lacks(run, read_json(run / "config.json", dict).get("stage")):
+        raise UserError(f"{run / name}: is not there: no finished run; train.py --out {run} ends it")
     config, vision = read_json(run / "config.json", dict), read_json(run / "vision.json", dict)
     kinds = {"path": str, "sha256": str, "feature_layer": int}
     if config.get("stage") not in (1, 2) or not all(isinstance(vision.get(key), kind) for key, kind in kinds.items()):
@@ -732,6 +733,12 @@ def load_run(run, dtype=torch.float32) -> tuple[LLaVA, object, dict]:
     except UserError as error:
         raise UserError(f"{run}: {error}") from None
     return llava, open_tokenizer(llama_path / "tokenizer.model", llava.llama), config
+
+
+def lacks(run, stage: int) -> str | None:
+    """The first of the files that a finished run of this stage has, and this one has not."""
+    names = ["vision.json", "projector.pth"] + ["params.json", "consolidated.00.pth", "tokenizer.model"] * (stage == 2)
+    return next((name for name in names if not (Path(run) / name).is_file()), None)
 
 
 def llama_of(run, config: dict) -> Path:
@@ -794,7 +801,10 @@ def load_state(run) -> dict | None:
     path = Path(run) / "state" / "training.pth"
     if not path.exists():
         return None
-    state, kinds = load_tensors(path), {"step": int, "trained": dict, "optimizer": dict}
+    try:
+        state, kinds = load_tensors(path), {"step": int, "trained": dict, "optimizer": dict}
+    except UserError as error:
+        raise UserError(f"{error}; or remove it, or --no-resume to begin anew") from None
     sound = isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in kinds.items())
     if not sound or state["step"] < 0:
         raise UserError(f"{path}: expected {', '.join(kinds)}, as train.py saves them; remove it, or --no-resume to "

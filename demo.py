@@ -979,6 +979,8 @@ def main():
     else:
         kept = [path.parent for name in ("exam.json", *QUIZZED) for path in Path("runs").glob(f"*/{name}")]
         of_demo = [run for run in kept if checkpoint.read_json(run / "config.json", dict)["settings"]["demo"]]
+        if not (arguments.runs or of_demo):
+            raise UserError("runs: holds no finished run of the demo; first: torchrun train.py --stage 1")
         for run in arguments.runs or sorted(set(of_demo)):
             print(f"--- {run}\n{report(run)}\n")
 

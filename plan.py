@@ -64,7 +64,7 @@ def table(c: LLaMAConfig, v: VisionConfig, stages, gpus: int, memory: int, preci
     block, words, W, vit = sizes(c, v)
     lines = [
         f"LLaMA of {(c.n_layers * block + 2 * words + c.dim) / 1e9:.2f} G parameters, ViT of {vit / 1e9:.2f} G, W of "
-        f"{W / 1e6:.1f} M; {precision}, {gpus} GPUs of {memory} GiB ({RESERVE // GIB} of them left to CUDA)",
+        f"{W / 1e6:.1f} M; {precision}, {gpus} GPUs of {memory} GiB ({RESERVE // GIB} GiB of each left to CUDA)",
         f"GiB on each GPU, with micro-batches of {tokens:,} positions (--micro-batch-tokens):", "",
         f"{'':39}weights gradients   AdamW gathered activations   total   fits  largest micro-batch",
     ]  # fmt: skip

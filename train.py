@@ -85,7 +85,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
         help="recompute each block in the backward pass: less memory, more time")  # fmt: skip
     add("--save-every", type=int, default=500, help="steps between training states; 0 = only at the end")
-    add("--max-bad-samples", type=int, default=0, help="so many samples that cannot be read are left out")
+    add("--max-bad-samples", type=int, default=0, help="so many times a sample that cannot be read is left out")
     add("--max-bad-steps", type=int, default=0, help="so many steps whose loss is no number are left out")
     add("--log-every", type=int, default=1, help="steps between lines of metrics.jsonl")
     add("--workers", type=int, default=2, help="processes that decode pictures; 0 = the main process does")
@@ -174,6 +174,8 @@ def settings_of(a) -> dict:
 def settings_begun(out: Path) -> dict | None:
     """The settings that the run in this directory was begun with; None if none was. It may hold nothing else."""
     path, begun = out / "config.json", None
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file, and no run directory; give another --out")
     if out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
         begun = checkpoint.read_json(path, dict).get("settings") if path.is_file() else None
         if not isinstance(begun, dict):
@@ -295,6 +297,7 @@ def train(a, rank: int, world: int, device: torch.device):
     if absent := sum(len(part.missing) for part in examples.parts if isinstance(part, ScienceQA)):
         say(f"{absent} pictures are absent; those problems are asked without one")
 
+    pictures = a.images and Pictures(a.images)
     precision = a.precision = a.precision or ("bf16" if device.type == "cuda" else "fp32")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model, tokenizer, origin = start_model(a, dtype)
@@ -331,7 +334,7 @@ def train(a, rank: int, world: int, device: torch.device):
     if a.max_length < len(system_ids(sp)) + n_patches + 2:
         raise UserError(f"--max-length {a.max_length}: a picture and the system message alone take "
                         f"{len(system_ids(sp)) + n_patches}")  # fmt: skip
-    encode = Encoder(sp, n_patches, size, a.images and Pictures(a.images), a.max_length, prefix_ids.tolist())
+    encode = Encoder(sp, n_patches, size, pictures, a.max_length, prefix_ids.tolist())
     steps = Steps(examples, encode, a.batch_size, a.seed, rank, world, a.micro_batch_tokens, a.sampling)
     total = min(a.epochs * steps.per_epoch, a.max_steps or math.inf)
 
@@ -389,7 +392,8 @@ def train(a, rank: int, world: int, device: torch.device):
         if (bad_samples > a.max_bad_samples or not green) and t > start:
             save(t)  # what has been learnt is not lost
         if bad_samples > a.max_bad_samples:
-            raise UserError(f"step {t + 1}: {'; '.join(errors)}; mend that and start the same again")
+            raise UserError(f"step {t + 1}: {'; '.join(errors)}; mend that and start the same again, or leave some out "
+                            "by --max-bad-samples")  # fmt: skip
         if rank == 0:
             for error in errors:
                 bar.write(f"step {t + 1}: left out: {error}")
@@ -436,12 +440,12 @@ def train(a, rank: int, world: int, device: torch.device):
             save(t, for_use=False)
     bar.close()
     if bad_samples or bad_steps:
-        say(f"{bad_samples} pictures could not be read and {bad_steps} steps were not taken; they are left out")
+        say(f"left out: pictures that could not be read: {bad_samples}; steps that were not taken: {bad_steps}")
     if cut_samples:
         say(f"{cut_samples} samples were longer than --max-length {a.max_length} and were cut")
     saved = checkpoint.read_json(a.out / "config.json", dict).get("step")
-    unsaved = t and (saved != t or not (a.out / "projector.pth").is_file())  # else nothing has been learnt since
-    if summed(rank == 0 and unsaved, device=device)[0]:
+    unsaved = t and (saved != t or checkpoint.lacks(a.out, a.stage))  # else nothing has been learnt since
+    if summed(rank == 0 and bool(unsaved), device=device)[0]:
         save(t)
     if t < total:
         say(f"stopped after step {t} of {total}; the same command goes on from there ({a.out})")

@@ -1,25 +1,23 @@
 """Fuzzes every loader: mutated JSON, checkpoints, zips and pictures load or give one clear line, and do nothing else.
 
     python tests/fuzz.py --cases 20000
-    python tests/fuzz.py --only 1234          # one case again, alone, with its traceback
+    python tests/fuzz.py --only 1234 --seed 0          # one case again, with its traceback
 
-Good files are made once; each case damages one or two of them, blindly (bits, chunks, lengths) or knowing the format
-(hostile JSON values, zip fields that lie, pickle opcodes and `os.system`, tensors of other kinds, huge dimensions), and
-loads them in a child process. A finding is: an exception that is no UserError (or, of a picture, ValueError); a message
-of several lines or without the file's name; a process that died; more than 10 s or too much memory; a file touched, a
-program started, or a file opened that is not of the case. Exit status 1 if there is any.
+Each case damages one or two good files, blindly or knowing the format, and loads them. A finding is: an exception that
+is no UserError (or, of a picture, ValueError); a message of several lines or without the file's name; a process that
+died (-14: it hung); much time or memory; a file touched, a program started, a file opened that is not of the case.
 """
 
 import argparse
-import contextlib
 import io
 import json
 import os
 import pickle
 import pickletools
 import random
+import re
 import resource
-import select
+import shutil
 import signal
 import struct
 import sys
@@ -29,953 +27,393 @@ import traceback
 import zipfile
 import zlib
 from collections import Counter
-from functools import cache
 from pathlib import Path
 
-import sentencepiece
+import test_checkpoint as made
 import torch
 import torch.distributed as dist
+from conftest import ROOT, tiny_tokenizer
 from PIL import Image
-from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import test_checkpoint as made
 from test_data import SCIENCEQA
+from tqdm import tqdm
 
 import checkpoint
 import data
-import demo
 import eval_scienceqa
-from conversation import UserError, load_tokenizer, show, stop_ids, tokenize
-from model import LLaMAConfig
-from parallel import Shards
+from conversation import UserError, show, stop_ids, tokenize
+from parallel import Replicas, Shards
 
-ROOT = Path(__file__).parent.parent
-SECONDS, MESSAGE = 10, 1000  # of the processor's time; characters
-MEMORY = Counter({"pictures in a folder": 1500, "pictures in a zip": 700})  # MiB, else 256
-SYSTEM = [
-    sys.prefix,
-    sys.base_prefix,
-    str(ROOT),
-    "/usr/lib",
-    "/lib",
-    "/proc",
-    "/sys",
-    "/etc/mime.types",
-]  # Python's own
-ACTS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.", "os.remove", "os.rename",
-        "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.truncate", "shutil.",
-        "ctypes.dlopen")  # fmt: skip
-OURS = (".git", ".venv", "__pycache__", ".ruff_cache", ".pytest_cache", "runs")
+MEMORY = {"pictures in a folder": 1500, "pictures in a zip": 700}  # MiB; else 256
+READABLE = (sys.prefix, sys.base_prefix, str(ROOT), "/usr/lib", "/lib", "/proc", "/sys", "/etc/mime.types")  # Python's
+ACTS = "os.(system|exec|posix_spawn|fork|r|mkdir|link|symlink|chmod|trunc)|subprocess|socket|shutil|ctypes.dlopen"
+PICTURES = ["a.png", "b.jpg", "c.gif", "d.webp", "e.tiff", "f.bmp", "g.ppm"]
+TOKENIZER = tiny_tokenizer.__wrapped__()
+DID = []  # what was done: ("" or the path that was read, in words)
 
 
 # --- the loaders: what is done with a folder of (once) good files
 
 
-class Optimizer(torch.optim.AdamW):
-    """Of one layer, as train.py has it when it goes on."""
-
-    def __init__(self):
-        self.model = torch.nn.Linear(8, 8)
-        super().__init__(self.model.parameters())
-        self.model(torch.ones(1, 8)).sum().backward()
-        self.step()
-
-
-class Part(Shards):
-    """Saves and loads like a process among several; one layer, not shared."""
-
-    def __init__(self, model):
-        self.model = model
-
-
-def read_examples(folder, dice):
-    examples = data.Examples([dice.choice(sorted(folder.iterdir()))] if folder.name == "records" else [folder],
-        absent=dice.choice(
-        ["refuse", "text", "keep"]))  # fmt: skip
-    examples.types(), examples.describe()
-    for i in range(len(examples)):
-        example = examples.get(i, epoch=1)
-        show(tokenizer(), *tokenize(tokenizer(), example.turns, 4 if example.image else 0))
-        if example.image:
-            data.check_inside(example.image)
+def read_examples(folder):
+    for absent in ("keep", "text", "refuse"):
+        examples = data.Examples([folder] if folder.name == "scienceqa" else folder.iterdir(), absent=absent)
+        examples.types(), examples.describe()
+        for example in map(examples.__getitem__, range(len(examples))):
+            show(TOKENIZER, *tokenize(TOKENIZER, example.turns, 4 if example.image else 0))
+            place = os.path.normpath(f"/there/{example.image}")
+            assert place.startswith("/there/") and not {"\0", "\\"} & {*place}, f"{place!r} leads out"
     if folder.name == "scienceqa":
-        problems = list({p["id"]: p for p in examples.parts[0].records}.values())
-        eval_scienceqa.table(problems, eval_scienceqa.score(problems, {"1": "B"}))
+        eval_scienceqa.table(problems := examples.parts[0].records, eval_scienceqa.score(problems, {"1": "B"}))
 
 
-@cache
-def tokenizer():
-    return load_tokenizer(demo.LLAMA / "tokenizer.model")
-
-
-def read_pictures(path, dice):
-    pictures = data.Pictures(path / "images.zip" if path.name == "zip" else path)
-    encode = data.Encoder(tokenizer(), 4, 28, pictures, 2048)
-    errors = []
-    for name in PICTURES:
+def read_pictures(path):
+    encode, errors = data.Encoder(TOKENIZER, 4, 28, data.Pictures(path), 2048), []
+    for name in ("../../outside", "/etc/hostname", *PICTURES):
         try:
             pixels = encode(data.Example("1", ["<image>\nWhat?", "A cat."], name))[2]
-            assert pixels.shape == (3, 28, 28)
+            assert pixels.shape == (3, 28, 28) and name in PICTURES
         except ValueError as error:
-            judge(str(error), name)
             errors.append(str(error))
-    if errors:
-        raise UserError(f"{path}: {errors[0]}")
+            assert not (fault := judge(str(error), name)), fault
+    if errors[2:]:
+        raise UserError(f"{path}: {errors[2]}")
 
 
-def read_state(folder, dice):
-    """As train.py does."""
-    state = checkpoint.load_state(folder)
-    if state is None or "trained" not in state:
-        return
-    optimizer = Optimizer()
+def trained(way):  # -> a process that trains a single layer in one of the two ways; its optimizer
+    share, layer = way.__new__(way), torch.nn.Linear(8, 8)
+    share.model, share.step, share.trained = layer, None, dict(layer.named_parameters())
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(1, 8)).sum().backward(), optimizer.step()
+    return share, optimizer
+
+
+def read_state(way, folder):
+    state, (share, optimizer) = way.saved(folder), trained(way)
     try:
-        optimizer.model.load_state_dict(state["trained"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
+        share.load(folder, state, optimizer)
     except Exception as error:
         raise UserError(f"{folder}/state: is of another model ({checkpoint.reason(error)})") from None
 
 
-def read_shards(folder, dice):
-    optimizer = Optimizer()
-    try:
-        Part(optimizer.model).load(folder, Shards.saved(folder), optimizer)
-    except ValueError as error:
-        raise UserError(f"{folder}/state: {error}") from None
-
-
-def read_tokenizer(folder, dice):
-    sp = checkpoint.open_tokenizer(folder / "tokenizer.model", argparse.Namespace(config=LLaMAConfig(vocab_size=500)))
-    stop_ids(sp)
-    show(sp, *tokenize(sp, ["<image>\nWhat is it?", "A cat ### on a mat \U0001f600."], 4))
-
-
-LOADERS = {  # name -> weight, folder, loader
-    "Examples of JSON": (4, "records", read_examples),
-    "ScienceQA": (3, "scienceqa", read_examples),
-    "predictions": (1, "predictions", lambda f, dice: eval_scienceqa.read_predictions(f / "answers.json")),
-    "pictures in a folder": (3, "pictures", read_pictures),
-    "pictures in a zip": (2, "zip", read_pictures),
-    "load_llama, raw": (2, "raw", lambda f, dice: checkpoint.load_llama(f)),
-    "load_llama, .bin": (2, "hf", lambda f, dice: checkpoint.load_llama(f)),
-    "load_llama, .safetensors": (1, "safe", lambda f, dice: checkpoint.load_llama(f)),
-    "load_vision, OpenAI": (2, "openai", lambda f, dice: checkpoint.load_vision(f / "ViT.pt")),
-    "load_vision, .pt": (1, "state-dict", lambda f, dice: checkpoint.load_vision(f / "vit.pt")),
-    "load_vision, folder": (1, "clip", lambda f, dice: checkpoint.load_vision(f)),
-    "load_projector": (2, "projector", lambda f, dice: checkpoint.load_projector(dice.choice(sorted(f.iterdir())))),
-    "load_run, stage 1": (2, "run1", lambda f, dice: checkpoint.load_run(f / "run")),
-    "load_run, stage 2": (2, "run2", lambda f, dice: checkpoint.load_run(f / "run")),
-    "load_state": (2, "trained", read_state),
-    "load_shards": (1, "shards", read_shards),
-    "load_tokenizer": (1, "tokenizer", read_tokenizer),
+LOADERS = {  # name -> folder, loader
+    "conversations": ("chat", read_examples),
+    "captions": ("captions", read_examples),
+    "ScienceQA": ("scienceqa", read_examples),
+    "predictions": ("predictions", lambda f: eval_scienceqa.read_predictions(f / "answers.json")),
+    "pictures in a folder": ("pictures", read_pictures),
+    "pictures in a zip": ("zip", lambda f: read_pictures(f / "images.zip")),
+    "load_llama, raw": ("run/llama", lambda f: (checkpoint.load_llama(f), checkpoint.llama_config(f))),
+    "load_llama, .bin": ("hf", checkpoint.load_llama),
+    "load_llama, .safetensors": ("safe", checkpoint.load_llama),
+    "load_vision, OpenAI": ("openai", lambda f: checkpoint.load_vision(f / "ViT.zip")),
+    "load_vision, folder": ("clip", checkpoint.load_vision),
+    "load_projector": ("projector", lambda f: [checkpoint.load_projector(path) for path in f.iterdir()]),
+    "load_run, stage 1": ("run", lambda f: checkpoint.load_run(f / "run")),
+    "load_run, stage 2": ("stage2", lambda f: checkpoint.load_run(f / "run")),
+    "load_state": ("replicas", lambda f: read_state(Replicas, f)),
+    "load_shards": ("shards", lambda f: read_state(Shards, f)),
+    "load_tokenizer": ("tokenizer", lambda f: stop_ids(checkpoint.load_tokenizer(f / "tokenizer.model"))),
 }
-PICTURES = ["a.png", "b.png", "c.jpg", "d.gif", "e.webp", "f.tiff", "g.tiff", "h.bmp", "i.ppm"]
-
-
-def picture(name: str, size=(20, 14), mode="RGB") -> bytes:
-    file, image = io.BytesIO(), Image.radial_gradient("L").resize(size).convert("P" if name == "b.png" else mode)
-    exif = Image.Exif()
-    exif[274] = 6
-    more = dict(compression="tiff_lzw" if name[0] == "f" else "tiff_deflate") if name.endswith("tiff") else {}
-    more |= dict(exif=exif) if name[-4:] in (".png", ".jpg", "webp") else {}
-    image.save(file, {"jpg": "JPEG"}.get(name.split(".")[1], name.split(".")[1].upper()), **more)
-    return file.getvalue()
 
 
 def make(case: Path):
     """The good files of every loader."""
-    llama, clip = made.their_llama(4), made.their_clip(hidden_size=64, intermediate_size=256, num_attention_heads=1)
-    weights = made.in_openai_layout(clip)
-    weights = {name: tensor for name, tensor in weights.items() if ".2." not in name and ".3." not in name}
-    talk = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A \u00fc cat."}]
-    records = [{"id": str(i), "image": f"{i}.png", "conversations": talk * (1 + i % 2)} for i in range(4)]
-    records[1] = records[3] = {"id": 3, "conversations": [{**m, "value": m["value"][3:]} for m in talk]}
-    captions = [{"image": f"{i}.png", "caption": f"A cat, {i} \u00fc"} for i in range(5)]
-    problem = {**SCIENCEQA["1"], "subject": "natural science", "grade": "grade4"}
-    for name, value in {
-        "records/chat.json": records, "records/captions.json": captions, "scienceqa/problems.json": {**SCIENCEQA,
-            "1": problem},
-        "scienceqa/pid_splits.json": {"train": ["2", "1"], "test": []},
-        "predictions/answers.json": {"acc": 50.0, "outputs": {"1": "The answer is B.", "2": "B", "3": "A. cat"}},
-    }.items():  # fmt: skip
-        (case / name).parent.mkdir(parents=True, exist_ok=True)
-        (case / name).write_text(json.dumps(value, ensure_ascii="answers" in name))
-    (case / "records/captions.jsonl").write_text("\n".join(map(json.dumps, captions)))
-    (case / "scienceqa/images/test/1").mkdir(parents=True)
-    (case / "scienceqa/images/test/1/image.png").write_bytes(picture("a.png"))
-    for folder in ("pictures", "zip", "openai", "state-dict", "projector", "tokenizer", "shards/state"):
+    for folder in "captions chat openai pictures predictions projector scienceqa/images/test/1 tokenizer".split():
         (case / folder).mkdir(parents=True)
-    with zipfile.ZipFile(case / "zip/images.zip", "w") as archive:
-        for i, name in enumerate(PICTURES):
-            (case / "pictures" / name).write_bytes(picture(name))
-            archive.writestr(name, picture(name), (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)[i % 2])
-    made.write_raw(llama, case / "raw", 2)
+    llama = made.their_llama(4, vocab_size=340)
+    made.write_raw(llama, case / "run/llama", 2)
     made.write_hf(llama, case / "hf", "bin index")
     made.write_hf(llama, case / "safe", "safetensors index")
-    made.write_torchscript(weights, case / "openai/ViT.pt")
-    torch.save(weights, case / "state-dict/vit.pt")
+    clip = made.their_clip(hidden_size=64, intermediate_size=256, num_attention_heads=1)
     clip.save_pretrained(case / "clip")
-    torch.save({"weight": torch.randn(64, 64)}, case / "projector/projector.pth")
-    torch.save({"model.mm_projector.weight": torch.randn(64, 64), "model.mm_projector.bias": torch.ones(64)},
-               case / "projector/old.bin", _use_new_zipfile_serialization=False)  # fmt: skip
-    write_tokenizer(case / "tokenizer/tokenizer.model", 340, "nmt_nfkc")
-    for stage in (1, 2):
-        root = case / f"run{stage}"
-        made.write_raw(made.their_llama(4, vocab_size=340), root / "llama")
-        write_tokenizer(root / "llama/tokenizer.model", 340, "identity")
-        torch.save(weights, root / "vit.pt")
-        llava = checkpoint.build(checkpoint.load_llama(root / "llama"), checkpoint.load_vision(root / "vit.pt"))
-        made.save(root, llava, stage)
-    (case / "run2/llama").rename(case / "not-needed")
-    optimizer = Optimizer()
-    state = dict(trained=optimizer.model.state_dict(), optimizer=optimizer.state_dict())
-    checkpoint.save_state(case / "trained", state, 7)
-    dist.init_process_group("gloo", init_method=f"file://{case.parent}/store", rank=0, world_size=1)
-    Part(optimizer.model).save(case / "shards", 7, optimizer)
+    weights = {k: w for k, w in made.in_openai_layout(clip).items() if ".2." not in k and ".3." not in k}
+    made.write_torchscript(weights, case / "openai/ViT.zip")
+    torch.save(weights, case / "run/vit.pt")
+    torch.save({"weight": torch.ones(9, 9)}, case / "projector/W.old", _use_new_zipfile_serialization=False)
+    torch.save({"model.mm_projector.weight": torch.ones(9, 9)}, case / "projector/projector.pth")
+    exif, image = Image.Exif(), Image.radial_gradient("L").resize((20, 14))
+    exif[274] = 6  # lies on its side
+    image.save(case / "scienceqa/images/test/1/image.png")
+    for name in PICTURES:
+        image.convert("RGB").save(case / "pictures" / name, exif=exif, compression="tiff_lzw")
+    shutil.make_archive(case / "zip/images", "zip", case / "pictures")
+    talk = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A \u00fc cat."}]
+    captions = [{"image": f"{i}.png", "caption": f"A cat, {i} \u00fc"} for i in range(5)]
+    for name, content in {
+        "chat/chat.json": [{"id": "1", "image": "1.png", "conversations": talk * 2},
+                           {"id": 3, "conversations": [{"from": "human", "value": "Hi"}, talk[1]]}],
+        "captions/list.json": captions, "captions/lines.jsonl": "\n".join(map(json.dumps, captions)).encode(),
+        "scienceqa/problems.json": {id: SCIENCEQA[id] | {"subject": "x", "grade": "grade4"} for id in "12"},
+        "scienceqa/pid_splits.json": {"train": ["2", "1"], "test": []},
+        "predictions/answers.json": {"acc": 50.0, "outputs": {"1": "The answer is B.", "2": "B", "3": "A. cat"}},
+        **{f"{place}/tokenizer.model": TOKENIZER.serialized_model_proto() for place in ("tokenizer", "run/llama")},
+    }.items():  # fmt: skip
+        (case / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    llava = checkpoint.build(checkpoint.load_llama(case / "run/llama"), checkpoint.load_vision(case / "run/vit.pt"))
+    shutil.copytree(case / "run", case / "stage2")
+    made.save(case / "run", llava, 1), made.save(case / "stage2", llava, 2)
+    shutil.rmtree(case / "stage2/llama")
+    dist.init_process_group("gloo", init_method=f"file://{case}/store", rank=0, world_size=1)
+    for way in (Replicas, Shards):
+        share, optimizer = trained(way)
+        share.save(case / way.__name__.lower(), 7, optimizer)
     dist.destroy_process_group()
-
-
-def write_tokenizer(path: Path, size: int, normalization: str):
-    model = io.BytesIO()
-    words = "A chat between a curious human and an assistant. ### Human: What? ### Assistant: A cat on a mat. ## #"
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([words] * 20), model_writer=model, vocab_size=size, model_type="bpe", byte_fallback=True,
-        normalization_rule_name=normalization, remove_extra_whitespaces=False, minloglevel=2)  # fmt: skip
-    path.write_bytes(model.getvalue())
 
 
 # --- mutations: (bytes, dice) -> bytes
 
-NUMBERS = [
-    0,
-    1,
-    2,
-    7,
-    -1,
-    -2,
-    255,
-    256,
-    65535,
-    2**24,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**32,
-    2**40,
-    2**63 - 1,
-    2**63,
-    2**64,
-]
-RAW = ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, "[" * 100_000 + "]" * 100_000,
-    '{"a":' * 5000 + "1" + "}" * 5000,
-       "[" * 450 + "]" * 450, "[" * 900 + "]" * 900, "[" * 3000, "00", "'a'", "1e-400", "-0.0", "\\ud800", '"\0"',
-       "\ufeff"]  # fmt: skip
-TEXTS = ["", " ", "\0", "a\0b", "../../canary", "..", ".", "/etc/hostname", "/dev/zero", "C:\\a", "a/../../b", "a\nb",
-    "\x1b[2J", "\ud800",
-         "\udfff\ud800", "\u00a0", "\u3000", "\u2028", "<image>", "<image>\n", "\n<image>", "###", "</s>",
-         "a" * 100_000, "n/" * 3000, "%s%n",
-         "CON", "\U0001f600", "grade" + "9" * 5000, "grade\u00b2", "grade\u0663", "y" * 300, "__proto__", "-1", "1e5",
-         "human", "gpt"]  # fmt: skip
+NUMBERS = [0, 1, 2, 3, 64, -1, 255, 9999, 10_000, 30_000, 65535, 10**6, 2**24, 2**31, 2**32 - 1, 2**40, 2**63, 2**64]
+RAW = ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, "[" * 100_000 + "]" * 100_000, "[" * 900 + "]" * 900,
+       '{"a":' * 5000 + "1" + "}" * 5000, "[" * 3000, "00", "'a'", "-0.0", "\\ud800", '"\0"', "\ufeff"]  # fmt: skip
+TEXTS = [*["../../outside", "../../../../outside", "/etc/hostname"] * 4, "", "\0", "a\0b", "..", "/dev/zero", "C:\\a",
+         "a\nb", "\x1b[2J", "\ud800", "\u3000", "\u2028", "<image>", "\n<image>", "###", "</s>", "a" * 100_000, "meta",
+         "grade\u00b2", "grade" + "9" * 5000, "y" * 300, "n/" * 3000, "layers.9999.a", "visual.layer1.0"]  # fmt: skip
+HOSTILE = [*NUMBERS, *TEXTS, *["@RAW@"] * 5, None, True, 0.5, [], {}, [[]], {"a": 1}, [None], [1, "a"], {"": ""}]
+NAMES = ["os system", "posix system", "builtins eval", "torch load", "__torch__ os.system", "torch FloatStorage",
+         "builtins bytearray", "torch.distributed.checkpoint.metadata BytesStorageMetadata"]  # fmt: skip
+TENSORS = [  # what may stand where a tensor t was
+    lambda t: t[None], lambda t: t.T.clone(), lambda t: t.double(), lambda t: t.half(), lambda t: t.int(),
+    lambda t: t.to(torch.complex64), lambda t: t.to(torch.float8_e4m3fn), lambda t: t * torch.nan, lambda t: (t, t),
+    lambda t: t.to("meta"), lambda t: t.to_sparse(), lambda t: torch.ones(8, 8).to_sparse_csr(),
+    lambda t: torch.ones(0, 64), lambda t: torch.ones(1).expand(10**6, 10**6), lambda t: torch.ones(()).expand(t.shape),
+    lambda t: torch.empty(2**40, 0), lambda t: torch._neg_view(t.float()), lambda t: torch.nn.Parameter(t.float()),
+    lambda t: torch.nested.nested_tensor([t[None]]), lambda t: torch.quantize_per_tensor(t.float(), 1, 0, torch.qint8)
+]  # fmt: skip
+BOMB = zlib.compress(bytes(8 * 10**8), wbits=-15)  # deflated
+FORMATS = [  # of pictures: a mark; where after it are width, height and other numbers; how they are written
+    (b"IHDR", (4, 8), ">I"), (b"\xff\xc0", (5, 7), ">H"), (b"GIF8", (6, 8), "<H"), (b",\0\0\0\0", (5, 7), "<H"),
+    (b"VP8 ", (14, 16), "<H"), (b"BM", (18, 22, 10, 28, 30), "<I"), (b"\0\1\3\0", range(4, 150, 4), "<I"),
+]  # fmt: skip
 
 
 def blind(whole: bytes, dice) -> bytes:
     """Bits, bytes, chunks and ends, without a thought of what they mean."""
-    out, n = bytearray(whole), max(1, len(whole))
-    near = dice.choice([n, 64, 512])  # the whole, or a region
-    start = dice.choice([0, max(0, n - near), dice.randrange(n)])
+    out, near = bytearray(whole), dice.choice([len(whole), 64])
     for _ in range(dice.choice([1, 1, 2, 4, 16])):
-        at, to, size = (min(len(out), start + dice.randrange(near)) for _ in range(3))
-        size, kind = dice.choice([1, 2, 4, 8, 64, 1024]), dice.randrange(8)
-        if kind == 0 and at < len(out):
-            out[at] ^= 1 << dice.randrange(8)
-        elif kind == 1 and at < len(out):
-            out[at] = dice.randrange(256)
-        elif kind == 2:
-            number, order = dice.choice(NUMBERS) % 2 ** (8 * min(size, 8)), dice.choice(["little", "big"])
-            out[at : at + min(size, 8)] = number.to_bytes(min(size, 8), order)
-        elif kind == 3:
-            out[at:at] = out[to : to + size]  # a chunk twice
-        elif kind == 4:
-            out[at : at + size] = out[to : to + size]  # a splice
-        elif kind == 5:
-            del out[at : at + size]
-        elif kind == 6 and dice.random() < 0.3:
-            del out[at:]
-        elif kind == 7:
-            out[at:at] = bytes(size) if dice.random() < 0.5 else dice.randbytes(size)
+        at, to, size = dice.randrange(near + 1), dice.randrange(len(out) + 1), dice.choice([1, 4, 8, 64, 1024])
+        number = dice.choice(NUMBERS) % 2**32
+        new, old = dice.choice([
+            (bytes(byte ^ 1 << dice.randrange(8) for byte in out[at : at + 1]), 1), (dice.randbytes(1), 1),
+            (struct.pack("<I", number), 4), (struct.pack(">I", number), 4), (struct.pack("<Q", number**2), 8),
+            (out[to : to + size], 0), (out[to : to + size], size), (b"", size), (dice.randbytes(size), 0),
+            (b"", dice.choice([size, size, len(out)])),
+        ])  # fmt: skip
+        out[at : at + old] = new
     return bytes(out)
 
 
-def hostile(dice):
-    """A JSON value; those that json.dumps could not write become a mark, replaced later."""
-    number = dice.choice(NUMBERS) * dice.choice([1, 1, 1, -1, 0.5])
-    return dice.choice([number, f"@RAW{dice.randrange(len(RAW))}@", dice.choice(TEXTS), dice.choice(TEXTS), None, True,
-        False, [], {}, [[]],
-                        {"a": 1}, [None], [1, "a"], {"": ""}, 0.1])  # fmt: skip
-
-
-def nodes(value, found):
-    """(container, key) of every value in a JSON."""
-    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        found.append((value, key))
-        nodes(value[key], found)
-    return found
+def nodes(value) -> list:  # of (container, key)
+    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    return [node for key in keys for node in ((value, key), *nodes(value[key]))]
 
 
 def json_edit(whole: bytes, dice) -> bytes:
-    lines = (
-        [json.loads(line) for line in whole.split(b"\n")]
-        if b"\n{" in whole and whole[:1] == b"{" and b"\n  " not in whole
-        else None
-    )
-    value = {"": lines or json.loads(whole)}
+    if whole[:1] not in b"[{":  # safetensors: a length, a JSON of so many bytes, the numbers
+        size = 8 + int.from_bytes(whole[:8], "little")
+        header = json_edit(whole[8:size], dice)
+        return len(header).to_bytes(8, "little") + header + whole[size:]
+    lines = b"}\n{" in whole
+    root = [[json.loads(line) for line in whole.splitlines()] if lines else json.loads(whole)]
     for _ in range(dice.choice([1, 1, 1, 2, 3])):
-        places = nodes(value, [])
-        (box, key), (other, name) = dice.choice(places), dice.choice(places)
-        kind = dice.randrange(8)
-        if kind < 4:
-            box[key] = hostile(dice)
-        elif kind == 4 and box is not value:
+        (box, key), (other, name), kind = *dice.choices(nodes(root), k=2), dice.randrange(7)
+        if kind == 0 and box is not root:
             del box[key]
-        elif kind == 5 and isinstance(box, dict) and box is not value:
-            new = hostile(dice)
-            box[new if isinstance(new, str) else str(new)] = box.pop(key)
-        elif kind == 6:
-            box[key] = json.loads(json.dumps(other[name]))
-        elif kind == 7:
-            box[key] = [box[key]] if dice.random() < 0.5 else {"a": box[key]}
-    value, ascii = value.get("", 1), dice.random() < 0.5
-    if lines and isinstance(value, list):
-        text = dice.choice(["\n", "\n\n", "\r\n", " "]).join(json.dumps(record, ensure_ascii=ascii) for record in value)
-    else:
-        text = json.dumps(value, ensure_ascii=ascii, indent=dice.choice([None, 1]))
-    for i, raw in enumerate(RAW):
-        text = text.replace(f'"@RAW{i}@"', raw).replace(f"@RAW{i}@", raw[:20].replace('"', ""))
-    return text.encode(dice.choice(["utf-8"] * 9 + ["utf-16"]), "surrogatepass")
-
-
-def packed(entries, dice=None) -> bytes:
-    """A zip of (name, bytes, method), its data on multiples of 64 as PyTorch has it."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive, contextlib.suppress(UserWarning):
-        for name, content, method in entries:
-            info = zipfile.ZipInfo(name)
-            info.compress_type = method
-            pad = -(archive.fp.tell() + 30 + len(name.encode("utf-8", "replace")) + 4) % 64
-            info.extra = b"FB" + struct.pack("<H", pad) + bytes(pad)
-            archive.writestr(info, content)
-    return file.getvalue()
-
-
-def unpacked(whole: bytes):
-    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
-        return [[entry.filename, archive.read(entry), entry.compress_type] for entry in archive.infolist()]
-
-
-@cache
-def zeros(method: int) -> bytes:
-    """A bomb: 800 MB that take 800 KB or less."""
-    return packed([("bomb", bytes(800 * 10**6), method)])
+        elif kind == 1 and isinstance(box, dict):
+            box[dice.choice(TEXTS)] = box.pop(key)
+        else:
+            values = [dice.choice(HOSTILE), dice.choice(HOSTILE), other[name], [box[key]], {"a": box[key]}]
+            box[key] = json.loads(json.dumps(dice.choice(values)))  # a copy
+    ascii, lines = dice.random() < 0.5, lines and isinstance(root[0], list)
+    texts = [json.dumps(value, ensure_ascii=ascii) for value in (root[0] if lines else root[:1])]
+    return "\n".join(texts).replace('"@RAW@"', dice.choice(RAW)).encode("utf-8", "surrogatepass")
 
 
 def zip_edit(whole: bytes, dice) -> bytes:
-    kind = dice.randrange(6)
-    if kind < 3:  # fields that lie, in any of the headers
-        out = bytearray(whole)
-        for _ in range(dice.choice([1, 1, 2, 3])):
-            sign, fields = dice.choice([(b"PK\1\2", [4, 6, 8, 10, 16, 20, 24, 28, 30, 32, 34, 36, 38, 42]), (b"PK\5\6",
-                [4, 6, 8, 10, 12, 16, 20]),
-                                        (b"PK\3\4", [4, 6, 8, 14, 18, 22, 26, 28])])  # fmt: skip
-            places = (
-                [i for i in range(len(out) - 3) if out[i : i + 4] == sign] if len(out) < 10**5 else [out.find(sign)]
-            )
-            field, size = dice.choice(fields), dice.choice([2, 4])
-            at = (dice.choice(places) if places else 0) + field
-            old = int.from_bytes(out[at : at + size], "little")
-            new = dice.choice([*NUMBERS, old + 1, old - 1, old * 1000, 1, 9, 12, 14, 99]) % 2 ** (8 * size)
-            out[at : at + size] = new.to_bytes(size, "little")
-        return bytes(out)
-    entries = unpacked(whole)
-    entry = dice.choice(entries)
-    if kind == 3:  # a bomb in an entry's place, which may claim to be small
-        method = dice.choice([zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-        bomb = bytearray(zeros(method))
-        with zipfile.ZipFile(io.BytesIO(bomb)) as archive:
-            info = archive.infolist()[0]
-        start = 30 + 4 + int.from_bytes(bomb[28:30], "little")
-        content = bytes(bomb[start : start + info.compress_size])
-        mark = dice.randbytes(8)
-        out = bytearray(packed([[n, mark * (len(content) // 8) + mark[: len(content) % 8] if n == entry[0] else c,
-            m if n != entry[0] else 0]
-                                for n, c, m in entries]))  # fmt: skip
-        at = out.find(mark)
-        out[at : at + len(content)] = content
-        claim = dice.choice([info.file_size, 1000, len(content), 2**28, 2**32 - 2])
-        name = entry[0].encode()
-        for sign, fields in ((b"PK\1\2", (10, 16, 24, 46)), (b"PK\3\4", (8, 14, 22, 30))):
-            i = -1
-            while (i := out.find(sign, i + 1)) >= 0:
-                if out[i + fields[3] : i + fields[3] + len(name)] == name:
-                    out[i + fields[0] : i + fields[0] + 2] = method.to_bytes(2, "little")
-                    out[i + fields[1] : i + fields[1] + 4] = info.CRC.to_bytes(4, "little")
-                    out[i + fields[2] : i + fields[2] + 4] = claim.to_bytes(4, "little")
-        return bytes(out)
-    for _ in range(dice.choice([1, 1, 2, 3])):
-        entry = dice.choice(entries)
-        kind = dice.randrange(6)
-        if kind == 0:
-            text = dice.choice(TEXTS)[:60_000].encode("utf-8", "replace").decode()
-            entry[0] = dice.choice([text or "x", entry[0] + text, text + "/" + entry[0]])
-        elif kind == 1 and len(entries) > 1:
-            entries.remove(entry)
-        elif kind == 2:
-            entries.append(list(entry))  # a name twice
-        elif kind == 3:
-            entry[2] = dice.choice([zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_STORED])
-        elif kind == 4:
-            entry[1] = dice.choice(entries)[1]
-        else:
-            entry[1] = blind(entry[1], dice)
-    return packed(entries)
+    """Entries of other names, contents, pickles, methods; header fields that lie; an entry that is a bomb."""
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        entries = [[info.filename, archive.read(info), info.compress_type] for info in archive.infolist()]
+    pickles, kind = [entry for entry in entries if entry[0].endswith("/data.pkl")], dice.randrange(6)
+    if pickles and dice.random() < 0.5:
+        pickles[0][1], kind = pickle_edit(pickles[0][1], dice), -1
+    entry, other = dice.choices(entries, k=2)
+    if kind == 0:
+        entry[0] = dice.choice(["", entry[0]]) + dice.choice(TEXTS)[:60_000].encode("utf-8", "replace").decode() + "x"
+    elif kind == 1:
+        entry[1:] = dice.choice([other[1], blind(entry[1], dice)]), dice.choice([0, 0, 8, 12, 14])
+    elif kind == 2:
+        entries = dice.sample(entries, len(entries) - dice.randrange(2)) + [other]  # a name twice, and perhaps one less
+    elif kind == 3:
+        entry[1:] = BOMB, 0  # stored, until its headers say otherwise
+    with zipfile.ZipFile(file := io.BytesIO(), "w") as archive:
+        for name, content, method in entries:
+            archive.writestr(zipfile.ZipInfo(name), content, method)
+    out, name = bytearray(file.getvalue()), entry[0].encode()
+    if kind == 3:
+        for at in (out.index(BOMB) - len(name) - 22, out.rindex(name + b"PK") - 36):
+            out[at], out[at + 14 : at + 18] = 8, struct.pack("<I", dice.choice([8 * 10**8, 8 * 10**8, 1000, 2**28]))
+    for _ in range(dice.choice([1, 1, 2]) if kind > 3 else 0):
+        sign, length = dice.choice([(b"PK\1\2", 46), (b"PK\3\4", 30), (b"PK\5\6", 22)])
+        at = dice.choice([match.start() for match in re.finditer(sign, out)]) + dice.randrange(4, length, 2)
+        size, old = dice.choice([2, 4]), int.from_bytes(out[at : at + 4], "little")
+        out[at : at + size] = struct.pack("<Q", dice.choice([*NUMBERS, old + 1, old * 99]) % 2**64)[:size]
+    return bytes(out)
 
 
 def pickle_edit(whole: bytes, dice) -> bytes:
     """Opcodes left out, doubled, exchanged, with other arguments; calls of what must never be called."""
+    whole = pickle.dumps(pickle.loads(whole), 2) if whole[1] > 2 else whole  # a saved share's description
     ops = list(pickletools.genops(whole))
-    ends = [pos for _, _, pos in ops[1:]] + [len(whole)]
-    parts = [whole[pos:end] for (op, _, pos), end in zip(ops, ends) if op.name != "FRAME"]
-    ops = [op for op in ops if op[0].name != "FRAME"]
-    command = f"touch {os.path.dirname(os.getcwd())}/PWNED".encode()
-    text = b"X" + struct.pack("<I", len(command)) + command
-    calls = [(b"os", b"system"), (b"posix", b"system"), (b"builtins", b"eval"), (b"builtins", b"exec"), (b"subprocess",
-        b"getoutput"),
-             (b"os", b"mkdir"), (b"torch", b"load"), (b"builtins", b"open"), (b"__torch__", b"os.system"), (b"pathlib",
-             b"PosixPath")]  # fmt: skip
-    names = [b"torch FloatStorage", b"torch HalfStorage", b"torch._utils _rebuild_sparse_tensor",
-        b"torch._utils _rebuild_qtensor",
-             b"torch._utils _rebuild_meta_tensor_no_storage", b"torch._utils _rebuild_parameter",
-             b"torch._utils _rebuild_nested_tensor",
-             b"torch._tensor _rebuild_from_type_v2", b"builtins bytearray", b"builtins set",
-             b"collections OrderedDict", b"torch Tensor", b"torch Size",
-             b"torch float64", b"torch.serialization _get_layout",
-             b"torch.distributed.checkpoint.metadata BytesStorageMetadata",
-             b"__torch__ x", b"torch device"]  # fmt: skip
+    parts = [whole[start:end] for (_, _, start), end in zip(ops, [*(start for _, _, start in ops[1:]), len(whole)])]
+    ints, texts, classes = ([i for i, (op, arg, _) in enumerate(ops) if re.search(kind, op.name) and arg is not None]
+                            for kind in ("INT|LONG", "BINUNICODE", "GLOBAL"))  # fmt: skip
     for _ in range(dice.choice([1, 1, 1, 2, 3, 5])):
-        i, j, kind = dice.randrange(len(parts)), dice.randrange(len(parts)), dice.randrange(10)
-        ints = [
-            k for k, (op, arg, _) in enumerate(ops) if isinstance(arg, int) and "INT" in op.name or "LONG" in op.name
-        ]
-        texts = [k for k, (op, _, _) in enumerate(ops) if op.name in ("BINUNICODE", "SHORT_BINUNICODE")]
-        globals = [k for k, (op, _, _) in enumerate(ops) if op.name == "GLOBAL"]
-        if kind == 0:
-            parts[i] = b""
-        elif kind == 1:
-            parts[i] += parts[i]
-        elif kind == 2:
-            parts[i], parts[j] = parts[j], parts[i]
-        elif kind in (3, 4, 5) and ints:
-            number = dice.choice([*NUMBERS, 3, 64, 128, 10**6, 10**9]).to_bytes(9, "little", signed=True)
-            parts[dice.choice(ints)] = b"\x8a\x09" + number
-        elif kind == 6 and texts:
-            new = dice.choice([*TEXTS, "1", "cuda", "meta", "0", "../0"]).encode("utf-8", "surrogatepass")
-            parts[dice.choice(texts)] = b"X" + struct.pack("<I", len(new)) + new
-        elif kind == 7 and globals:
-            parts[dice.choice(globals)] = b"c" + dice.choice(names).replace(b" ", b"\n") + b"\n"
-        elif kind == 8 and i:
-            module, name = dice.choice(calls)
-            if dice.random() < 0.5:
-                parts[i] += b"c" + module + b"\n" + name + b"\n" + text + b"\x85R" + dice.choice([b"0", b""])
-            else:
-                parts[i] += text[:0] + b"(" + text + b"i" + module + b"\n" + name + b"\n" + dice.choice([b"0", b""])
-        elif kind == 9 and globals:  # a huge call of something harmless
-            parts[i] += (
-                b"c" + dice.choice(names).replace(b" ", b"\n") + b"\n\x8a\x05\0\0\0\0\2\x85R" + dice.choice([b"0", b""])
-            )
+        (i, j), kind, name = dice.choices(range(1, len(parts)), k=2), dice.randrange(8), dice.choice(NAMES).split()
+        name, text = "{}\n{}\n".format(*name).encode(), dice.choice(TEXTS).encode("utf-8", "surrogatepass")
+        if kind < 2:
+            parts[i], parts[j] = dice.choice([(b"", parts[j]), (parts[i] * 2, parts[j]), (parts[j], parts[i])])
+        elif kind < 6:
+            new = (ints, b"\x8a\x09" + dice.choice(NUMBERS).to_bytes(9, "little", signed=True)), (classes, b"c" + name)
+            places, new = dice.choice([*new, (texts, b"X" + struct.pack("<I", len(text)) + text)])
+            parts[dice.choice(places or [1])] = new
+        else:  # a call, the result of which is kept or dropped; 2**33 asks for much memory
+            given = dice.choice([b"X\x0b\0\0\0touch PWNED", b"\x8a\x05\0\0\0\0\2"])
+            calls = [b"c" + name + given + b"\x85R", b"(" + given + b"i" + name]
+            parts[i] += dice.choice(calls) + dice.choice([b"0", b""])
     return b"".join(parts)
 
 
-def in_zip_edit(whole: bytes, dice) -> bytes:
-    """The pickle in a checkpoint."""
-    entries = unpacked(whole)
-    for entry in entries:
-        if entry[0].endswith("/data.pkl"):
-            entry[1] = pickle_edit(entry[1], dice)
-    return packed(entries)
-
-
-def other_tensor(dice, t: torch.Tensor):
-    n, t = (
-        dice.choice([0, 1, 3, 64]),
-        t if checkpoint.ordinary(t) and not t.is_quantized and max(t.shape, default=0) < 10**6 else torch.ones(8, 8),
-    )
-    with torch.random.fork_rng(devices=[]):
-        return dice.choice([
-            lambda: torch.tensor(1.0), lambda: torch.empty(0), lambda: torch.empty(0, 64), lambda: torch.ones(n, 64),
-            lambda: torch.ones(3, n, 2, 1),
-            lambda: t.T if t.dim() == 2 else t[None], lambda: t.double(), lambda: t.half(), lambda: t.to(torch.int32),
-            lambda: t.bool(),
-            lambda: t.to(torch.complex64), lambda: t.to(torch.float8_e4m3fn), lambda: t.to_sparse(),
-            lambda: t.to("meta"),
-            lambda: t.to_sparse_csr() if t.dim() == 2 else t, lambda: torch.ones(1).expand(10**6, 10**6),
-            lambda: torch.tensor(1.0).expand(t.shape),
-            lambda: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
-            lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
-            lambda: torch.nn.Parameter(t.float()), lambda: t * float("nan"), lambda: None, lambda: "text", lambda: 1.5,
-            lambda: [t], lambda: {"a": t},
-            lambda: (t, t), lambda: torch.empty(2**40, 0), lambda: torch._neg_view(t),
-        ])()  # fmt: skip
-
-
 def tensor_edit(whole: bytes, dice) -> bytes:
-    """Other tensors, other names, other kinds of containers: all that torch.save can write."""
-    weights = torch.load(io.BytesIO(whole), weights_only=True)
-    for _ in range(dice.choice([1, 1, 2])):
-        box, key = weights, dice.choice(list(weights))
-        while isinstance(box[key], (dict, list)) and box[key] and dice.random() < 0.9:
-            box = box[key]
-            key = dice.choice(list(box)) if isinstance(box, dict) else dice.randrange(len(box))
-        kind, value = dice.randrange(6), box[key]
-        if kind < 3:
-            box[key] = other_tensor(dice, value if isinstance(value, torch.Tensor) else torch.ones(8, 8))
-        elif kind == 3:
-            value = hostile(dice)
-            box[key] = (
-                value
-                if isinstance(value, (int, float)) and -(2**63) <= value < 2**63
-                else value
-                if isinstance(value, (str, list, dict))
-                else 0
-            )
-        elif kind == 4 and isinstance(box, dict) and len(box) > 1:
-            box[
-                dice.choice(
-                    [
-                        *TEXTS,
-                        7,
-                        None,
-                        (1, 2),
-                        0.5,
-                        "layers.9999.a",
-                        "transformer.resblocks.77.x",
-                        "visual.layer1.0",
-                        f"{key}.x",
-                    ]
-                )
-            ] = box.pop(key)
-        elif kind == 5 and isinstance(box, dict):
-            box[dice.choice([7, "x", "layers.1.x", "rope.freqs", "visual.proj"])] = box[key]
-    if dice.random() < 0.05:
-        weights = dice.choice([list(weights), tuple(weights.values()), {}, [], None, 3, "x", torch.ones(3)])
-    file = io.BytesIO()
+    """Another tensor, another name, another kind of container: all that torch.save can write."""
+    weights, file = torch.load(io.BytesIO(whole), weights_only=True), io.BytesIO()
+    (box, key), kind = dice.choice(nodes(weights)), dice.randrange(6)
+    if kind < 3:
+        box[key] = dice.choice(TENSORS)(box[key] if isinstance(box[key], torch.Tensor) else torch.ones(8, 8))
+    elif kind == 3:
+        box[key] = dice.choice(HOSTILE)
+    elif isinstance(box, dict):
+        box[dice.choice([*TEXTS, 7, None, (1, 2), f"{key}.x"])] = box.pop(key) if kind == 4 else box[key]
+    weights = dice.choice([weights] * 99 + [list(weights), tuple(weights.values()), {}, None, 3, torch.ones(3)])
     torch.save(weights, file, _use_new_zipfile_serialization=dice.random() < 0.9)
     return file.getvalue()
 
 
-def safetensors_edit(whole: bytes, dice) -> bytes:
-    size = int.from_bytes(whole[:8], "little")
-    header = json_edit(whole[8 : 8 + size].strip(), dice)
-    return len(header).to_bytes(8, "little") + header + whole[8 + size :]
-
-
-def metadata_edit(whole: bytes, dice) -> bytes:
-    """What describes a shared state: other files, places, lengths, shapes."""
-    metadata = pickle.loads(whole)
-    for info in metadata.storage_data.values():
-        if dice.random() < 0.5:
-            name, value = dice.choice([("relative_path", dice.choice([*TEXTS, *["../../../../canary.txt",
-                "/etc/hostname"] * 20])), ("offset", dice.choice(NUMBERS)),
-                                       ("length", dice.choice(NUMBERS)), ("transform_descriptors", ["zstd",
-                                       7])])  # fmt: skip
-            setattr(info, name, value)
-    for entry in metadata.state_dict_metadata.values():
-        if dice.random() < 0.3:
-            huge = torch.Size([dice.choice([0, 3, 2**40]), 8])
-            entry.size = huge
-            entry.chunks[0].sizes = huge
-    return pickle_edit(pickle.dumps(metadata, 2), dice) if dice.random() < 0.3 else pickle.dumps(metadata, 2)
-
-
-def protobuf_edit(whole: bytes, dice) -> bytes:
-    """Fields of a SentencePiece model left out, doubled, moved, changed inside."""
-    fields, at = [], 0
-    while at < len(whole):  # every field of its top level is (tag, length, bytes)
-        start, at, size, shift = at, at + 1, 0, 0
-        while True:
-            size |= (whole[at] & 127) << shift
-            shift, at = shift + 7, at + 1
-            if whole[at - 1] < 128:
-                break
-        fields.append((whole[start : start + 1], whole[at : at + size]))
-        at += size
-    for _ in range(dice.choice([1, 1, 2, 8])):
-        i, j, kind = dice.choice([dice.randrange(len(fields)), -1, -2]), dice.randrange(len(fields)), dice.randrange(5)
-        if kind == 0 and len(fields) > 3:
-            del fields[i]
-        elif kind == 1:
-            fields.insert(j, fields[i])
-        elif kind == 2:
-            fields[i], fields[j] = fields[j], fields[i]
-        else:
-            fields[i] = fields[i][0], blind(fields[i][1], dice)
-    out = b""
-    for tag, content in fields:
-        size, length = len(content), b""
-        while size > 127:
-            length, size = length + bytes([size & 127 | 128]), size >> 7
-        out += tag + length + bytes([size]) + content
-    return out
-
-
-def png(chunks) -> bytes:
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind,
-        body in chunks)  # fmt: skip
-
-
-@cache
-def bombs() -> list[bytes]:
-    """Pictures that are what they say: as large as is allowed, larger, or long and thin."""
-    thin, header = zlib.compress(bytes(2 * 10**6)), struct.Struct(">IIBBBBB").pack
-    square, row = zlib.compress(bytes(10_001 * 10_000)), zlib.compress(bytes(10**8 + 1))
-    sizes = ((10_000, 10_000, square), (1, 10**6, thin), (10**6, 1, thin), (20_000, 20_000, square), (10**8, 1, row))
-    found = [png([(b"IHDR", header(w, h, 8, 0, 0, 0, 0)), (b"IDAT", body), (b"IEND", b"")]) for w, h, body in sizes]
-    for kind in (b"zTXt", b"iCCP"):
-        text = kind, b"a\0\0" + zlib.compress(bytes(10**8))
-        found.append(png([(b"IHDR", header(9, 9, 8, 0, 0, 0, 0)), text, (b"IDAT", thin), (b"IEND", b"")]))
-    found += [picture("e.webp", (8000, 8000)), picture("g.tiff", (9000, 9000), "RGBA")]
-    found.append(picture("d.gif", (9999, 9999), "L"))
-    return found
-
-
 def picture_edit(whole: bytes, dice) -> bytes:
-    """Dimensions, chunks and directories of the formats."""
-    if dice.random() < 0.01:
-        return dice.choice(bombs())
-    size = dice.choice([0, 1, 3, 255, 9999, 10_000, 30_000, 65_535, 2**20, 2**31 - 1, 2**32 - 1])
-    out = bytearray(whole)
-    if whole.startswith(b"\x89PNG"):
-        chunks, at = [], 8
-        while at < len(whole):
-            length = int.from_bytes(whole[at : at + 4], "big")
-            chunks.append([whole[at + 4 : at + 8], whole[at + 8 : at + 8 + length]])
-            at += 12 + length
-        for _ in range(dice.choice([1, 1, 2])):
-            chunk, kind = dice.choice(chunks), dice.randrange(5)
-            if kind == 0:
-                at, head = dice.choice([0, 4]), bytearray(chunks[0][1])
-                head[at : at + 4] = struct.pack(">I", size)
-                chunks[0][1] = bytes(head)
-            elif kind == 1:
-                chunk[1] = blind(chunk[1], dice)
-            elif kind == 2:
-                chunk[0] = dice.choice(
-                    [
-                        b"IDAT",
-                        b"PLTE",
-                        b"tRNS",
-                        b"acTL",
-                        b"fcTL",
-                        b"fdAT",
-                        b"eXIf",
-                        b"iTXt",
-                        b"zTXt",
-                        b"iCCP",
-                        b"IHDR",
-                        b"XXXX",
-                    ]
-                )
-            elif kind == 3:
-                chunks.insert(dice.randrange(len(chunks)), list(chunk))
-            else:
-                chunks.remove(chunk) if len(chunks) > 1 else None
-        return png(chunks)
-    if whole.startswith(b"GIF8"):
-        at = dice.choice([6, 8, whole.find(b",") + 5, whole.find(b",") + 7])
-        out[at : at + 2] = struct.pack("<H", size % 65536)
-    elif whole.startswith(b"BM"):
-        out[(at := dice.choice([2, 10, 14, 18, 22, 28, 30, 34, 46])) : at + 4] = struct.pack("<I", size)
-    elif whole.startswith(b"RIFF"):
-        out[(at := dice.choice([4, 16, 20, 24, 27, 30, 34, 38])) : at + 3] = struct.pack("<I", size)[:3]
-    elif whole.startswith(b"P6"):
-        return (
-            b"P%d %d %d %d\n" % (dice.randrange(1, 8), size, dice.choice([1, 14, size]), dice.choice([255, size]))
-            + whole[13:]
-        )
-    elif whole.startswith(b"\xff\xd8"):
-        at = max(whole.find(b"\xff\xc0"), 0)
-        out[(at := at + dice.choice([2, 4, 5, 7, 9, 10])) : at + 2] = struct.pack(">H", size % 65536)
-    elif whole.startswith((b"II", b"MM")):
-        at = int.from_bytes(whole[4:8], "little")
-        entries = int.from_bytes(whole[at : at + 2], "little")
-        at += 2 + 12 * dice.randrange(max(1, entries)) + dice.choice([0, 2, 4, 8, 8, 8])
-        out[at : at + 4] = struct.pack("<I", size)
-    return bytes(out) if dice.random() < 0.7 else blind(bytes(out), dice)
+    out, (mark, offsets, form) = bytearray(whole), dice.choice([row for row in FORMATS if row[0] in whole])
+    at, size = whole.index(mark) + dice.choice(offsets), struct.calcsize(form)
+    out[at : at + size] = struct.pack(form, dice.choice(NUMBERS) % 256**size)
+    if mark == b"IHDR":
+        out[29:33] = struct.pack(">I", zlib.crc32(out[12:29]))
+    return bytes(out)
 
 
-def mutate(path: Path, whole: bytes, dice) -> tuple[str, bytes]:
-    """-> the mutation's name, the damaged bytes."""
-    ways = [blind]
-    if path.suffix in (".json", ".jsonl"):
-        ways += [json_edit] * 4
-    elif path.suffix == ".safetensors":
-        ways += [safetensors_edit] * 2
-    elif path.name == "tokenizer.model":
-        ways += [protobuf_edit] * 2
-    elif path.name == ".metadata":
-        ways += [pickle_edit] * 2 + [metadata_edit] * 2
-    elif path.suffix[1:] in ("png", "jpg", "gif", "webp", "tiff", "bmp", "ppm"):
-        ways += [picture_edit] * 2
-    elif whole.startswith(b"PK"):
-        ways += [zip_edit] * 2
-        if path.suffix != ".zip":
-            ways += [in_zip_edit] * 2
-            ways += [tensor_edit] * 2 if b"constants.pkl" not in whole and path.suffix != ".distcp" else []
-    if dice.random() < 0.005:
-        return "empty", b""
-    way = dice.choice(ways)
-    return way.__name__, way(whole, dice)
+WAYS = {  # the mutations that fit a file
+    **dict.fromkeys((".json", ".jsonl", ".safetensors"), [json_edit] * 2), "": [pickle_edit] * 2,  # .metadata
+    **dict.fromkeys((".zip", ".distcp"), [zip_edit]), **dict.fromkeys((".pt", ".pth", ".bin"), [zip_edit, tensor_edit]),
+    ".old": [tensor_edit, pickle_edit], **dict.fromkeys([name[1:] for name in PICTURES[:-1]], [picture_edit]),
+}  # fmt: skip
 
 
 # --- a case, and what is found in it
 
 
-class Finding(Exception):
-    pass
-
-
-def judge(message: str, name: str):
-    """A message is one line that names the file, and no sign of it acts on the terminal."""
+def judge(message: str, name: str) -> str:
+    """What is wrong with a message: it is one line that names the file, and no sign of it acts on the terminal."""
     text = "".join(c for c in message if not 0xD800 <= ord(c) < 0xE000)
-    if not text.isprintable() or len(text) > MESSAGE or name not in text:
-        why = (
-            "of several lines or with control characters"
-            if not text.isprintable()
-            else "too long"
-            if len(text) > MESSAGE
-            else "unnamed"
-        )
-        raise Finding(f"message {why}: {message[:300]!r}")
+    right = text.isprintable() and len(text) < 1000 and name in text
+    return "" if right else f"message of several lines, or too long, or without the file's name: {message[:300]!r}"
 
 
-def tree(*roots: Path) -> dict:
-    """What is below the roots, and since when; caches and Git's own left out."""
-    found, below = {}, list(map(str, roots))
-    while below:
-        with os.scandir(below.pop()) as entries:
-            for entry in entries:
-                if entry.name in OURS:
-                    continue
-                stat = entry.stat(follow_symlinks=False)
-                found[entry.path] = stat.st_mtime_ns, stat.st_size, stat.st_ino
-                if entry.is_dir(follow_symlinks=False):
-                    below.append(entry.path)
-    return found
+def tree(root: Path) -> dict[str, int]:
+    paths = [os.path.join(folder, file) for folder, _, files in os.walk(root) for file in ("", *files)]
+    return {path: os.lstat(path).st_mtime_ns for path in paths}
 
 
-class Watch:
+def watch(event, arguments):
     """Python's audit hook: what a loader opens, and what else it does to the world."""
-
-    on, allowed, seen = False, (), []
-
-    def __call__(self, event, arguments):
-        if not self.on:
-            return
-        if event == "open" and isinstance(arguments[0], (str, bytes)):
-            path, mode, flags = os.path.abspath(os.fsdecode(arguments[0])), arguments[1] or "", arguments[2] or 0
-            writes = set(mode) & set("wax+") if mode else flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            if writes or not path.startswith(self.allowed):
-                self.seen.append(f"open {path} {mode}")
-        elif event.startswith(ACTS) and not (event == "ctypes.dlopen" and arguments[0] is None):
-            self.seen.append(f"{event} {arguments!r:.100}")
+    if event == "open" and isinstance(arguments[0], (str, bytes)):
+        path, writes = os.path.abspath(os.fsdecode(arguments[0])), os.O_WRONLY | os.O_RDWR | os.O_CREAT
+        DID.append(("" if (arguments[2] or 0) & writes else path, f"open {path}"))
+    elif re.match(ACTS, event) and not (event == "ctypes.dlopen" and arguments[0] is None):
+        DID.append(("", f"{event} {arguments!r:.100}"))
 
 
-WATCH = Watch()
-
-
-def one(i: int, seed: int, root: Path, good: dict, verbose=False) -> list:
-    """Runs case i -> [loader, "loaded", "refused" or "finding", what was done, what was found]."""
-    dice = random.Random(f"{seed} {i}")
-    name = dice.choices(list(LOADERS), [weight for weight, _, _ in LOADERS.values()])[0]
-    _, folder, load = LOADERS[name]
-    folder = root / "case" / folder
-    files = [path for path in good if folder in path.parents]
-    changed, done = dice.sample(files, min(len(files), dice.choice([1, 1, 1, 2]))), []
-    damaged = {}
-    for path in changed:
-        try:
-            way, damaged[path] = mutate(path, good[path], dice)
-        except Exception as error:
-            return [name, "finding", "", f"the mutation itself failed: {error!r:.200}"]
-        done.append(f"{way} {path.relative_to(folder)}")
-    for path, content in damaged.items():
-        path.unlink()  # it may be mapped: never written into
-        path.write_bytes(content)
-        if verbose:
-            print(f"{path}: {len(good[path])} -> {len(content)} bytes, {'; '.join(done)}")
-    before, began = tree(root), time.process_time()
-    anywhere = name.startswith("load_run")  # its paths are settings
-    WATCH.allowed, WATCH.seen = tuple([""] if anywhere else [str(root / "case"), *SYSTEM]), []
-    end, found = "loaded", ""
+def one(i: int, seed: int, root: Path) -> tuple[str, str, str, int]:
+    """Runs case i -> "loaded", "refused" or "finding", what was done, what was found, MiB that were taken."""
+    dice, (name, (folder, load)) = random.Random(f"{seed} {i}"), list(LOADERS.items())[i % len(LOADERS)]
+    folder, done, end, found = root / "case" / folder, [], "loaded", ""
+    shutil.rmtree(folder)
+    shutil.copytree(root / "good" / folder.relative_to(root / "case"), folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in dice.sample(files, min(len(files), dice.choice([1, 1, 1, 2]))):
+        way = dice.choice([blind, *WAYS.get(path.suffix, []) * 2])
+        path.write_bytes(way(path.read_bytes(), dice))
+        done.append(f"{way.__name__} {path.relative_to(folder)}")
+    before, began, low = tree(root), time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    DID.clear(), signal.alarm(60)
     try:
-        WATCH.on = True
-        try:
-            load(folder, dice)
-        finally:
-            WATCH.on = False
+        load(folder)
     except UserError as error:
-        end = "refused"
-        try:
-            judge(str(error), str(folder))
-        except Finding as finding:
-            found = str(finding)
-    except BaseException as error:
-        if verbose:
-            traceback.print_exc()
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == ROOT]
-        place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
-        found = f"{type(error).__name__} at {place}: {str(error)[:200]}"
-    seconds = time.process_time() - began
-    if seconds > SECONDS:
-        found = found or f"took {seconds:.0f} s"
-    after = tree(root)
-    if after != before:
-        found = f"files touched: {sorted(p for p in before.keys() | after.keys() if before.get(p) != after.get(p))[:3]}"
-    if WATCH.seen:
-        found = f"did: {WATCH.seen[:3]}"
-    for path in after.keys() - before.keys():
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-    for path in changed:
-        path.unlink()
-        path.write_bytes(good[path])
-    return [name, "finding" if found else end, "; ".join(done), found]
+        end, found = "refused", judge(str(error), "/" if "load_run" in name else str(folder))
+    except BaseException:
+        found = traceback.format_exc()
+    readable = ("/" if "load_run" in name else f"{root}/case", *READABLE)  # the paths in a run are settings: anywhere
+    did = [what for path, what in DID if not path.startswith(readable)]
+    seconds, grown = time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - low >> 10
+    did += [f"touched {path}" for path, _ in before.items() ^ tree(root).items()]
+    if did or seconds > 10 or grown > MEMORY.get(name, 256):
+        found = f"took {seconds:.1f} s, {grown} MiB, did {str(did[:3])[:500]} {found}"
+    return "finding" if found else end, ", ".join(done), found, grown
 
 
-def child(cases: list[int], seed: int, root: Path, good: dict, pipe: int):
-    """Runs cases, a line of JSON each, before and after; ends early once one has taken much memory."""
-    os.chdir(root / "cwd")
-    sys.addaudithook(WATCH)
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1), os.dup2(null, 2)  # libraries in C print what they like
-    virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (virtual + 6 * 2**30,) * 2)  # whatever happens, the machine lives
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-    def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-
-    low = peak()
-    for i in cases:
-        os.write(pipe, f"{json.dumps([i])}\n".encode())
-        line, grown = one(i, seed, root, good), peak() - low
-        if grown > (MEMORY[line[0]] or 256):
-            line[1], line[3] = "finding", line[3] or f"took {grown} MiB"
-        os.write(pipe, f"{json.dumps([i, *line])}\n".encode())
-        if grown > 100:
-            break
-    os._exit(0)
-
-
-def in_child(cases: list[int], *given):
-    """Yields (case, line) for the cases that a child got through, the last with a finding if it died or hung."""
-    get, put = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.close(get)
-        try:
-            child(cases, *given, put)
-        finally:
-            traceback.print_exc()
+def results(cases, seed: int, root: Path):
+    """Yields what `one` returns of each case. A child runs them, until one kills it or takes much memory."""
+    while cases:
+        get, put = os.pipe()
+        if (pid := os.fork()) == 0:
+            try:
+                os.chdir(root / "cwd")
+                resource.setrlimit(resource.RLIMIT_DATA, (8 * 2**30,) * 2)  # so that the machine lives
+                for standard in (1, 2) if len(cases) > 1 else ():  # libraries in C print what they like
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), standard)
+                sys.addaudithook(watch)
+                for i in cases:
+                    os.write(put, f"{json.dumps(result := one(i, seed, root))}\n".encode())
+                    if result[3] > 50:
+                        os._exit(0)
+            except BaseException:
+                traceback.print_exc()
             os._exit(1)
-    os.close(put)
-    buffer, running, ended = b"", None, False
-    while True:
-        ready, _, _ = select.select([get], [], [], 6 * SECONDS)
-        block = os.read(get, 2**16) if ready else b""
-        if not block:
-            ended = bool(ready)
-            break
-        *lines, buffer = (buffer + block).split(b"\n")
-        for line in map(json.loads, lines):
-            running = line[0] if len(line) == 1 else None
-            if running is None:
-                yield line[0], line[1:]
-    if not ended:
-        os.kill(pid, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    os.close(get)
-    if running is not None:
-        how = (
-            f"died ({signal.Signals(-status).name if status < 0 else status})" if ended else f"hung for {6 * SECONDS} s"
-        )
-        dice = random.Random(f"{given[0]} {running}")
-        name = dice.choices(list(LOADERS), [weight for weight, _, _ in LOADERS.values()])[0]
-        yield running, [name, "finding", "?", f"the process {how}"]
+        os.close(put)
+        with open(get) as pipe:
+            for line in pipe:
+                yield json.loads(line)
+                cases = cases[1:]
+        if (status := os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])) and cases:
+            yield "finding", "a replay tells", f"the process died: {status}", 0
+            cases = cases[1:]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--cases", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, metavar="CASE", help="one case again, in this process")
-    parser.add_argument("--show", type=int, default=40, help="kinds of findings printed")
+    parser.add_argument("--only", type=int, metavar="CASE", help="one case again")
     a = parser.parse_args()
-    torch.set_num_threads(1)
+    counts, cases = Counter(), range(a.cases) if a.only is None else [a.only]
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary).resolve()
-        for name in ("case", "cwd", "canary"):
-            (root / name).mkdir()
-        for place in (root / "canary.txt", root / "case/canary.txt", root / "canary/canary.txt"):
-            place.write_text("untouched")
-        pid = os.fork()  # PyTorch's threads, which writing the good files starts, end with this process
-        if pid == 0:
-            try:
-                make(root / "case")
-                os._exit(0)
-            finally:
-                traceback.print_exc()
-                os._exit(1)
-        assert os.waitpid(pid, 0)[1] == 0, "the good files could not be made"
-        good = {path: path.read_bytes() for path in sorted((root / "case").rglob("*")) if path.is_file()}
-        for _, folder, load in LOADERS.values():
-            load(root / "case" / folder, random.Random(0))  # they are good, and what is imported late is there
-        zeros(zipfile.ZIP_DEFLATED), zeros(zipfile.ZIP_BZIP2), zeros(zipfile.ZIP_LZMA), bombs()
-        if a.only is not None:
-            os.chdir(root / "cwd")
-            return print(*one(a.only, a.seed, root, good, verbose=True), sep="\n")
-        counts, kinds, examples = Counter(), Counter(), {}
-        todo, bar, repository = list(range(a.cases)), tqdm(total=a.cases, unit="case"), tree(ROOT)
-        while todo:
-            batch, done = todo[:500], 0
-            for i, (name, end, how, found) in in_child(batch, a.seed, root, good):
-                done = batch.index(i) + 1
-                counts[name, end] += 1
-                if found:
-                    kind = name, found.split(": ")[0]
-                    kinds[kind] += 1
-                    examples.setdefault(kind, f"case {i}, {name} ({how}): {found}")
-                bar.update()
-            assert done, "no case could be run"
-            del todo[:done]
-            for path, content in good.items():  # of a child that died
-                if not path.is_file() or path.read_bytes() != content:
-                    path.unlink(missing_ok=True)
-                    path.write_bytes(content)
-            if tree(ROOT) != repository:
-                changed = {p for p, stat in tree(ROOT).items() if repository.get(p) != stat}
-                kinds["any", "repository"] += 1
-                examples["any", "repository"] = f"cases {batch[0]} to {batch[done - 1]} touched {sorted(changed)[:5]}"
-                repository = tree(ROOT)
-        bar.close()
-    for kind, n in kinds.most_common(a.show):
-        print(f"{n} x {examples[kind]}")
-    print(f"\n{'loader':28}{'cases':>8}{'loaded':>8}{'refused':>9}{'findings':>10}")
-    for name in [*LOADERS, "all"]:
-        row = [sum(n for (which, end), n in counts.items() if name in (which, "all") and end in ends)
-               for ends in (("loaded", "refused", "finding"), ("loaded",), ("refused",), ("finding",))]  # fmt: skip
-        print(f"{name:28}{row[0]:8}{row[1]:8}{row[2]:9}{row[3]:10}")
-    raise SystemExit(bool(kinds))
+        (root / "cwd").mkdir(), torch.manual_seed(0), make(root / "case")
+        shutil.copytree(root / "case", root / "good")
+        for folder, load in LOADERS.values():
+            load(root / "case" / folder)  # they are good, and what is imported late is there
+        for i, (end, done, found, _) in zip(tqdm(cases), results(cases, a.seed, root)):
+            name = list(LOADERS)[i % len(LOADERS)]
+            counts[name, end] += 1
+            if found and counts[name, end] <= 5:
+                tqdm.write(f"case {i}, {name} ({done}): {found}")
+    for name in LOADERS:
+        print(f"{name:28}", *(f"{counts[name, end]:8} {end}" for end in ("loaded", "refused", "finding")))
+    raise SystemExit(any(end == "finding" for _, end in counts))
 
 
 if __name__ == "__main__":

@@ -188,7 +188,8 @@ def test_image_and_reset_begin_anew(talker, picture, capsys):
     capsys.readouterr()
     for line in ("/help", "/wrong", "/save"):
         chat.obey(talker, line)
-        assert capsys.readouterr().err.strip() == chat.HELP
+        said = capsys.readouterr().err.strip()
+        assert said.endswith(chat.HELP) and said.startswith(f"{line}: no such command") == (line != "/help")
 
 
 # --- from scripts, and in a terminal
