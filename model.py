@@ -10,6 +10,7 @@ Shapes: B samples, N positions of the flat batch, dim model width, H query heads
 S positions of a shared prefix, P patches a picture of size² pixels, D width of the ViT, T length of one sample.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from conversation import IMAGE_ID
 from vision import VisionTransformer, normalize
 
-try:
-    from torch.nn.attention.varlen import varlen_attn  # one kernel for the whole flat batch, on GPUs
-except ImportError:
-    varlen_attn = None
+varlen_attn = None  # one kernel for the whole flat batch, on GPUs
+if torch.cuda.is_available():  # it brings 70 MB of modules, which no CPU needs
+    with suppress(ImportError):
+        from torch.nn.attention.varlen import varlen_attn
 
 
 @dataclass(frozen=True)
