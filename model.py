@@ -82,11 +82,11 @@ class Attention(nn.Module):
         self.wv = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
         self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
 
-    def forward(self, x, rope, attend):  # (N, dim)
+    def forward(self, x, rope, attend, wanted):  # (N, dim)
         q = rotate(self.wq(x).unflatten(-1, (-1, self.head_dim)), *rope)  # (N, H, hd)
         k = rotate(self.wk(x).unflatten(-1, (-1, self.head_dim)), *rope)  # (N, K, hd)
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))  # (N, K, hd)
-        return self.wo(attend(q, k, v).flatten(-2))  # (N, dim)
+        return self.wo(attend(q, k, v).flatten(-2)[wanted])  # (N or M, dim)
 
 
 class FeedForward(nn.Module):
@@ -110,8 +110,8 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(c.dim, c.norm_eps)
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
 
-    def forward(self, x, rope, attend):  # (N, dim)
-        x = x + self.attention(self.attention_norm(x), rope, attend)
+    def forward(self, x, rope, attend, wanted=slice(None)):  # (N, dim)
+        x = x[wanted] + self.attention(self.attention_norm(x), rope, attend, wanted)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -125,18 +125,21 @@ class LLaMA(nn.Module):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.checkpoint_activations = False
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, attend) -> torch.Tensor:
-        """Embeddings x (N, dim) at `positions` (N,) of their samples -> hidden states (N, dim) before the last norm.
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, attend, wanted=slice(None)) -> torch.Tensor:
+        """Embeddings x (N, dim) at `positions` (N,) of their samples -> hidden states (M, dim) before the last norm.
 
+        wanted: (M,) int64, the positions whose hidden states are asked for (all: M = N). After the last attention no
+        other is computed.
         attend[layer](q, k, v) is the attention of one layer over q (N, H, hd) and k, v (N, K, hd): `flat_attention`
         or a `KVCache`'s. It alone knows which positions belong together.
         """
         rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
-        for layer, attend_layer in zip(self.layers, attend, strict=True):
+        for i, (layer, attend_layer) in enumerate(zip(self.layers, attend, strict=True)):
+            rows = wanted if i + 1 == len(self.layers) else slice(None)
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, attend_layer, use_reentrant=False)
+                x = checkpoint(layer, x, rope, attend_layer, rows, use_reentrant=False)
             else:
-                x = layer(x, rope, attend_layer)
+                x = layer(x, rope, attend_layer, rows)
         return x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -305,10 +308,10 @@ class LLaVA(nn.Module):
             prefix = self.read_prefix(prefix)
         S = 0 if prefix is None else len(prefix[0][0])
         attend = flat_attention(len(self.llama.layers), cu_seqlens, prefix)
-        x = self.llama(self.embed(ids, pixels), positions(cu_seqlens, S), attend)  # (N, dim)
         # The position before a green token predicts it. A sample never starts green, so both are of one sample.
         is_target = green.nonzero().squeeze(1)  # (M,)
-        logits = self.llama.logits(x[is_target - 1])  # (M, vocab): nowhere else do logits exist
+        x = self.llama(self.embed(ids, pixels), positions(cu_seqlens, S), attend, wanted=is_target - 1)  # (M, dim)
+        logits = self.llama.logits(x)  # (M, vocab): nowhere else do logits exist
         nll = F.cross_entropy(logits.float(), ids[is_target], reduction="sum")
         return nll, torch.tensor(len(is_target), device=ids.device)
 
@@ -326,8 +329,8 @@ class LLaVA(nn.Module):
         S = 0 if prefix is None else len(prefix[0][0])
         keep = []
         attend = flat_attention(len(self.llama.layers), cu_seqlens, prefix, keep)
-        x = self.llama(self.embed(ids, pixels), positions(cu_seqlens, S), attend)
-        x = x[cu_seqlens[1:].long() - 1]  # (B, dim): the last position of each prompt
+        last = cu_seqlens[1:].long() - 1  # of each prompt
+        x = self.llama(self.embed(ids, pixels), positions(cu_seqlens, S), attend, wanted=last)  # (B, dim)
         cache = KVCache(keep, cu_seqlens, prefix)
         rows = list(range(len(cu_seqlens) - 1))  # the prompts still being answered
         said = [[] for _ in rows]

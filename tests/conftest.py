@@ -94,12 +94,12 @@ def in_transformers(llama: LLaMA, of=lambda p: p) -> dict[str, torch.Tensor]:
     return named | {"lm_head.weight": own["output.weight"]}
 
 
-def llama_twin_config(llama: LLaMA) -> transformers.LlamaConfig:
+def llama_twin_config(llama: LLaMA, longest: int = 256) -> transformers.LlamaConfig:
     c = llama.config
     return transformers.LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layers,
         num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, rms_norm_eps=c.norm_eps,
-        max_position_embeddings=256, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        max_position_embeddings=longest, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
         tie_word_embeddings=False, bos_token_id=1, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
 
@@ -147,15 +147,15 @@ def vit_twin(vit: VisionTransformer) -> transformers.CLIPVisionModel:
     return twin
 
 
-def llava_twin(llava: LLaVA) -> transformers.LlavaForConditionalGeneration:
-    """Pictures stand at id VOCAB - 1 there. Its projector is replaced by one linear layer, W."""
-    vision = vit_twin(llava.vision)
+def llava_twin(llava: LLaVA, longest: int = 256) -> transformers.LlavaForConditionalGeneration:
+    """Pictures stand at the last id there. Its projector is replaced by one linear layer, W."""
+    vision, text = vit_twin(llava.vision), llama_twin_config(llava.llama, longest)
     twin = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
-        vision_config=vision.config, text_config=llama_twin_config(llava.llama), image_token_id=VOCAB - 1,
+        vision_config=vision.config, text_config=text, image_token_id=text.vocab_size - 1,
         vision_feature_layer=-2, vision_feature_select_strategy="default",
     )).eval()  # fmt: skip
     twin.model.vision_tower = vision
-    twin.model.multi_modal_projector = torch.nn.Linear(VIT.width, llava.llama.config.dim, bias=False)
+    twin.model.multi_modal_projector = torch.nn.Linear(llava.vision.config.width, text.hidden_size, bias=False)
     load(twin.model.multi_modal_projector, {"weight": llava.projector.weight})
     weights = in_transformers(llava.llama)
     load(twin.lm_head, {"weight": weights.pop("lm_head.weight")})
