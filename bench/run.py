@@ -26,12 +26,12 @@ import transformers
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from conftest import llava_twin
+from conftest import llava_twin  # noqa: E402
 
-import checkpoint
-from data import Batch
-from model import LLaMA, LLaMAConfig
-from vision import VisionConfig, VisionTransformer, normalize
+import checkpoint  # noqa: E402
+from data import Batch  # noqa: E402
+from model import LLaMA, LLaMAConfig  # noqa: E402
+from vision import VisionConfig, VisionTransformer, normalize  # noqa: E402
 
 VOCAB, SYSTEM, QUESTION, MAX_NEW = 32000, 45, 12, 64
 VIT = VisionConfig(image_size=224, patch_size=14, width=384, layers=6)  # 256 patches
