@@ -64,7 +64,7 @@ def categories(problem: dict) -> list[str]:
     """The columns that a problem of problems.json counts in."""
     subjects = [name for name in ("NAT", "SOC", "LAN") if CATEGORIES[name] == problem.get("subject")]
     context = ["TXT"] * bool(problem["hint"]) + ["IMG"] * bool(problem["image"])
-    grade = re.fullmatch(r"grade(\d+)", str(problem.get("grade")))
+    grade = re.fullmatch(r"grade(\d{1,2})", str(problem.get("grade")))
     grade = int(grade[1]) if grade else 0
     grades = ["G1-6"] * (1 <= grade <= 6) + ["G7-12"] * (7 <= grade <= 12)
     return subjects + (context or ["NO"]) + grades + ["Avg"]

@@ -202,9 +202,9 @@ def blind(whole: bytes, dice) -> bytes:
     return bytes(out)
 
 
-def nodes(value) -> list:  # of (container, key)
+def nodes(value) -> list:  # of (container, key), pictures' paths more often
     keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    return [node for key in keys for node in ((value, key), *nodes(value[key]))]
+    return [node for key in keys for node in ([(value, key)] * 5 ** (key == "image") + nodes(value[key]))]
 
 
 def json_edit(whole: bytes, dice) -> bytes:
@@ -264,8 +264,8 @@ def pickle_edit(whole: bytes, dice) -> bytes:
     whole = pickle.dumps(pickle.loads(whole), 2) if whole[1] > 2 else whole  # a saved share's description
     ops = list(pickletools.genops(whole))
     parts = [whole[start:end] for (_, _, start), end in zip(ops, [*(start for _, _, start in ops[1:]), len(whole)])]
-    ints, texts, classes = ([i for i, (op, arg, _) in enumerate(ops) if re.search(kind, op.name) and arg is not None]
-                            for kind in ("INT|LONG", "BINUNICODE", "GLOBAL"))  # fmt: skip
+    ints, texts, classes = ([i for i, (op, arg, _) in enumerate(ops) if re.search(kind, op.name) and arg is not None
+       for _ in range(20 if "distcp" in str(arg) else 1)] for kind in ("INT|LONG", "BINUNICODE", "GLOBAL"))  # fmt: skip
     for _ in range(dice.choice([1, 1, 1, 2, 3, 5])):
         (i, j), kind, name = dice.choices(range(1, len(parts)), k=2), dice.randrange(8), dice.choice(NAMES).split()
         name, text = "{}\n{}\n".format(*name).encode(), dice.choice(TEXTS).encode("utf-8", "surrogatepass")

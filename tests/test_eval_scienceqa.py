@@ -500,3 +500,9 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys):
         runpy.run_path(str(ROOT / "eval_scienceqa.py"), run_name="__main__")
     signal.signal(signal.SIGTERM, handler)
     assert end.value.code.startswith("error: ") and "\n" not in end.value.code and capsys.readouterr().out == ""
+
+
+def test_a_grade_of_endless_digits_is_no_grade():  # Python refuses to read such a number
+    problem = {"hint": "", "image": None, "subject": "natural science"}
+    assert eval_scienceqa.categories(problem | {"grade": "grade" + "1" * 5000}) == ["NAT", "NO", "Avg"]
+    assert eval_scienceqa.categories(problem | {"grade": "grade12"}) == ["NAT", "NO", "G7-12", "Avg"]
