@@ -712,9 +712,10 @@ def load_run(run, dtype=torch.float32) -> tuple[LLaVA, object, dict]:
     run = Path(run)
     if not (run / "config.json").is_file():
         raise UserError(f"{run}: no finished run is there; first train it (the demo's: torchrun train.py --stage 1)")
-    if name := lacks(run, read_json(run / "config.json", dict).get("stage")):
+    config = read_json(run / "config.json", dict)
+    if name := lacks(run, config.get("stage")):
         raise UserError(f"{run / name}: is not there: no finished run; train.py --out {run} ends it")
-    config, vision = read_json(run / "config.json", dict), read_json(run / "vision.json", dict)
+    vision = read_json(run / "vision.json", dict)
     kinds = {"path": str, "sha256": str, "feature_layer": int}
     if config.get("stage") not in (1, 2) or not all(isinstance(vision.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{run}: config.json has no stage, or vision.json no path, sha256, feature_layer; train again")

@@ -315,8 +315,8 @@ def train(a, rank: int, world: int, device: torch.device):
     # is what it makes of it; in stage 2 it is read with each batch, as ids, so that the gradient reaches it. But that
     # gradient enters a block from the side, where the hooks of FSDP do not see it: then each sample has its own.
     sp = checkpoint.open_tokenizer(tokenizer, model.llama)
-    apart = a.stage == 1 or a.parallel == "ddp"
-    prefix_ids = torch.tensor(system_ids(sp) if apart else [], dtype=torch.long)
+    system, apart = system_ids(sp), a.stage == 1 or a.parallel == "ddp"
+    prefix_ids = torch.tensor(system if apart else [], dtype=torch.long)
 
     def autocast(on: torch.device):
         return torch.autocast(on.type, torch.bfloat16, enabled=precision == "bf16")
@@ -331,9 +331,9 @@ def train(a, rank: int, world: int, device: torch.device):
     else:
         prefix = prefix_ids.to(device) if apart else None
     n_patches, size = model.vision.config.n_patches, model.vision.config.image_size
-    if a.max_length < len(system_ids(sp)) + n_patches + 2:
+    if a.max_length < len(system) + n_patches + 2:
         raise UserError(f"--max-length {a.max_length}: a picture and the system message alone take "
-                        f"{len(system_ids(sp)) + n_patches}")  # fmt: skip
+                        f"{len(system) + n_patches}")  # fmt: skip
     encode = Encoder(sp, n_patches, size, pictures, a.max_length, prefix_ids.tolist())
     steps = Steps(examples, encode, a.batch_size, a.seed, rank, world, a.micro_batch_tokens, a.sampling)
     total = min(a.epochs * steps.per_epoch, a.max_steps or math.inf)
@@ -379,7 +379,7 @@ def train(a, rank: int, world: int, device: torch.device):
     interrupt, cut_samples, bad_samples, bad_steps, began = Interrupt(), 0, 0, 0, time.time()
     bar = tqdm(total=total, initial=start, unit="step", desc=f"stage {a.stage}", disable=rank != 0, smoothing=0.1)
 
-    t = start  # steps done
+    t, none = start, encode.flatten([])  # steps done; a micro-batch of no sample
     for step in loader:
         green = sum(int(batch.green.sum()) for batch in step.batches)
         tokens = sum(len(batch.ids) for batch in step.batches) if step.ids else 0  # no sample: one empty position
@@ -405,7 +405,7 @@ def train(a, rank: int, world: int, device: torch.device):
         for group in optimizer.param_groups:
             group["lr"] = lr
         nll_sum = 0.0
-        for batch in trainer.in_turn(step.batches, none=encode.flatten([])):
+        for batch in trainer.in_turn(step.batches, none):
             with autocast(device):
                 nll, _ = trainer.run(batch.ids, batch.green, batch.cu_seqlens, batch.pixels, prefix)
             (nll * world / green).backward()  # Eq. 3; times world because processes' gradients are averaged

@@ -26,11 +26,12 @@ import transformers
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from conftest import llava_twin  # noqa: E402
+from conftest import llava_twin, randomize  # noqa: E402
 
 import checkpoint  # noqa: E402
 from data import Batch  # noqa: E402
 from model import LLaMA, LLaMAConfig  # noqa: E402
+from plan import GIB  # noqa: E402
 from vision import VisionConfig, VisionTransformer, normalize  # noqa: E402
 
 VOCAB, SYSTEM, QUESTION, MAX_NEW = 32000, 45, 12, 64
@@ -42,7 +43,6 @@ SIZES = {  # of the LLaMA; samples of a step in stage 1, in stage 2
     "7B, 1 layer": (LLaMAConfig(4096, 1), 2, 1),
     "7B, 2 layers": (LLaMAConfig(4096, 2), 2, 1),
 }
-GIB = 2**30
 
 
 # --- the work: samples (ids, green), a picture each
@@ -86,17 +86,7 @@ def work(kind: str, n: int) -> tuple[torch.Tensor, list, torch.Tensor]:
 
 
 def make(c: LLaMAConfig):
-    torch.manual_seed(0)
-    llama, vit = LLaMA(c), VisionTransformer(VIT)
-    for p in [*llama.parameters(), *vit.parameters()]:
-        if p.dim() > 1:
-            torch.nn.init.normal_(p, std=0.02)
-    for name in ("class_embedding", "positional_embedding"):
-        torch.nn.init.normal_(vit.get_parameter(name), std=0.02)
-    for p in vit.parameters():
-        if p.isnan().any() or p.dim() == 1 and p.abs().max() > 1e3:
-            torch.nn.init.zeros_(p)
-    return checkpoint.build(llama, vit)
+    return checkpoint.build(randomize(LLaMA(c), 0), randomize(VisionTransformer(VIT), 1))
 
 
 class Ours:
