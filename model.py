@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from conversation import IMAGE_ID
+from linear import Linear
 from vision import VisionTransformer, normalize
 
 varlen_attn = None  # one kernel for the whole flat batch, on GPUs
@@ -77,10 +78,10 @@ class Attention(nn.Module):
     def __init__(self, c: LLaMAConfig):
         super().__init__()
         self.head_dim = c.head_dim
-        self.wq = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=False)
-        self.wk = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
-        self.wv = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
-        self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+        self.wq = Linear(c.dim, c.n_heads * c.head_dim, bias=False)
+        self.wk = Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
+        self.wv = Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
+        self.wo = Linear(c.n_heads * c.head_dim, c.dim, bias=False)
 
     def forward(self, x, rope, attend, wanted):  # (N, dim)
         q = rotate(self.wq(x).unflatten(-1, (-1, self.head_dim)), *rope)  # (N, H, hd)
@@ -94,9 +95,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, c: LLaMAConfig):
         super().__init__()
-        self.w1 = nn.Linear(c.dim, c.ffn_dim, bias=False)
-        self.w2 = nn.Linear(c.ffn_dim, c.dim, bias=False)
-        self.w3 = nn.Linear(c.dim, c.ffn_dim, bias=False)
+        self.w1 = Linear(c.dim, c.ffn_dim, bias=False)
+        self.w2 = Linear(c.ffn_dim, c.dim, bias=False)
+        self.w3 = Linear(c.dim, c.ffn_dim, bias=False)
 
     def forward(self, x):  # (N, dim)
         return self.w2(F.silu(self.w1(x)) * self.w3(x))  # (N, dim), by way of (N, ffn_dim)
@@ -122,7 +123,7 @@ class LLaMA(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = Linear(config.dim, config.vocab_size, bias=False)
         self.checkpoint_activations = False
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, attend, wanted=slice(None)) -> torch.Tensor:
@@ -177,11 +178,11 @@ def flat_attention(n_layers: int, cu_seqlens: torch.Tensor, prefix=None, keep: l
                                window_size=causal, enable_gqa=gqa)  # fmt: skip
         outs = []
         for qkv in zip(q.split(lengths), ks, vs):
-            # Position t of the sample sees the prefix and 0..t. (is_causal alone would line up the first rows.)
-            mask = torch.ones(len(qkv[0]), len(qkv[1]), dtype=torch.bool, device=q.device).tril(S) if S else None
+            # The prefix has no queries here; zeros in their place, read by nobody, line up the causal triangle.
             one_q, one_k, one_v = (t.transpose(0, 1)[None] for t in qkv)  # (1, heads, T or S+T, hd)
-            out = F.scaled_dot_product_attention(one_q, one_k, one_v, mask, is_causal=not S, enable_gqa=gqa)
-            outs.append(out[0].transpose(0, 1))  # (T, H, hd)
+            one_q = F.pad(one_q, (0, 0, S, 0))
+            out = F.scaled_dot_product_attention(one_q, one_k, one_v, is_causal=True, enable_gqa=gqa)
+            outs.append(out[0, :, S:].transpose(0, 1))  # (T, H, hd)
         return torch.cat(outs)
 
     return [lambda q, k, v, layer=layer: attend(layer, q, k, v) for layer in range(n_layers)]

@@ -16,6 +16,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from linear import Linear, linear
+
 FEATURE_LAYER = -2  # the output of the last block but one: LLaVA's default (its ablation: -1 does worse)
 HEAD_DIM = 64  # in every published CLIP ViT: heads = width / 64
 PREPROCESSING = "CLIP's: shorter side by bicubic, centre crop, mean and deviation"  # recorded with every run
@@ -99,11 +101,11 @@ class Attention(nn.Module):
         super().__init__()
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
 
     def forward(self, x):  # (B, P+1, D)
         B, T, D = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, P+1, 3D)
+        qkv = linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, P+1, 3D)
         q, k, v = qkv.view(B, T, 3, D // HEAD_DIM, HEAD_DIM).permute(2, 0, 3, 1, 4)  # 3 x (B, H, P+1, 64)
         x = F.scaled_dot_product_attention(q, k, v)  # every patch sees every patch
         return self.out_proj(x.transpose(1, 2).reshape(B, T, D))
@@ -112,8 +114,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.c_proj = nn.Linear(4 * width, width)
+        self.c_fc = Linear(width, 4 * width)
+        self.c_proj = Linear(4 * width, width)
 
     def forward(self, x):  # (B, P+1, D)
         x = self.c_fc(x)  # (B, P+1, 4D)
