@@ -102,7 +102,7 @@ class Ours:
             llava.requires_grad_(False)
         else:
             self.trained = llava.set_trainable(int(kind[-1]))
-            self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.0)
+            self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.0, fused=True)
         if kind != "stage 2":  # read once a run
             with torch.no_grad():
                 self.prefix = llava.read_prefix(system)
@@ -145,7 +145,7 @@ class Theirs:
         self.model.model.multi_modal_projector.requires_grad_(kind != "answers")
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         if self.trained:
-            self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.0)
+            self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.0, fused=True)
 
     def pictures(self, rows=slice(None)):
         return normalize(self.pixels[rows])
