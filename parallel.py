@@ -32,6 +32,7 @@ from tqdm import tqdm
 import checkpoint
 from checkpoint import reason
 from conversation import UserError
+from cpu import keep_memory
 from data import Batch
 from model import LLaMA, LLaVA, Projection
 from vision import VisionTransformer
@@ -49,7 +50,9 @@ def start_processes() -> tuple[int, int, torch.device]:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    elif "OMP_NUM_THREADS" not in os.environ:
+    else:
+        keep_memory()
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # One core is left to the workers and to what else runs: when threads outnumber the free cores, PyTorch's wait
         # for each other at every operation, and all becomes many times slower than with a thread less.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -351,7 +351,7 @@ def train(a, rank: int, world: int, device: torch.device):
             before = sit_exam(a.name, model, encode, read_prefix())
 
     trainer = PARALLEL[a.parallel](model, device, precision)
-    optimizer = torch.optim.AdamW(trainer.trained.values(), lr=a.lr, weight_decay=0.0, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(trainer.trained.values(), lr=a.lr, weight_decay=0.0, fused=True)
     start = 0
     if state:
         start = state["step"]

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from linear import Linear, linear
+from cpu import Linear, linear
 
 FEATURE_LAYER = -2  # the output of the last block but one: LLaVA's default (its ablation: -1 does worse)
 HEAD_DIM = 64  # in every published CLIP ViT: heads = width / 64

@@ -1,12 +1,24 @@
-"""The linear layer, twice as fast where it runs on a CPU that PyTorch's own is slow on.
+"""What makes a CPU fast: products by oneDNN, and memory that is not given back between steps.
 
-`F.linear` of fp32 goes to MKL, which gives an AMD processor half of its vectors (AVX2); oneDNN, which comes with
-PyTorch as well, uses AVX-512 on any. The sums are the same. On GPUs, in bf16 and under torch.compile this is F.linear.
+`F.linear` of fp32 goes to MKL, which uses half the width of an AMD processor's vectors (AVX2); oneDNN, which comes
+with PyTorch too, uses all of it (AVX-512). The sums are the same. On GPUs, in bf16 and under torch.compile a `Linear`
+is torch's own.
 """
+
+import ctypes
+from contextlib import suppress
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+
+def keep_memory():
+    """glibc returns large blocks to the system when they are freed, and every page of the next one costs a fault."""
+    with suppress(OSError, AttributeError):  # no glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which does not shrink
 
 
 def by_onednn(x, weight, bias=None):
