@@ -22,8 +22,6 @@ from conversation import IMAGE_ID
 from cpu import Linear
 from vision import VisionTransformer, normalize
 
-READ_AT_ONCE = 8  # prompts, before their answers begin: what is held on the way stays small
-
 varlen_attn = None  # one kernel for the whole flat batch, on GPUs
 if torch.cuda.is_available():  # it brings 70 MB of modules, which no CPU needs
     with suppress(ImportError):
@@ -195,24 +193,24 @@ class KVCache:
 
     ROOM = 64  # positions by which the rows grow whenever the longest is full
 
-    def __init__(self, cu_seqlens: torch.Tensor, prefix):
-        """For the prompts between these borders, behind `flat_attention`'s prefix, (S, K, hd) per layer."""
-        self.prefix, self.S = prefix, 0 if prefix is None else len(prefix[0][0])
-        self.lengths = (self.S + cu_seqlens[1:] - cu_seqlens[:-1]).long()
-        self.layers = []  # of each: k and v (B, room, K, hd)
-
-    def write(self, first: int, kept: list, borders: list[int]):
-        """Keys and values (N, K, hd) per layer that `flat_attention` kept of some prompts: the first-th and on."""
-        if not self.layers:
-            B, room = len(self.lengths), int(self.lengths.max()) + self.ROOM
-            self.layers = [[t.new_zeros(B, room, *t.shape[1:]) for t in kv] for kv in kept]
-            for layer, kv in zip(self.layers, self.prefix or []):
-                for rows, before in zip(layer, kv):
-                    rows[:, : self.S] = before
-        for layer, kv in zip(self.layers, kept):
-            for rows, t in zip(layer, kv):
-                for row, a, b in zip(rows[first:], borders, borders[1:]):
-                    row[self.S : self.S + b - a] = t[a:b]
+    def __init__(self, kept: list, cu_seqlens: torch.Tensor, prefix):
+        """kept: per layer k and v (N, K, hd) of the prompts, from `flat_attention`; prefix: its own, (S, K, hd)."""
+        S = 0 if prefix is None else len(prefix[0][0])
+        self.lengths = (S + cu_seqlens[1:] - cu_seqlens[:-1]).long()
+        B, longest = len(self.lengths), int(self.lengths.max()) + self.ROOM
+        borders = cu_seqlens.tolist()
+        self.layers = []
+        for layer, flat in enumerate(kept):
+            rows = []
+            for t, before in zip(flat, prefix[layer] if prefix else (None, None)):
+                # (B, K, longest, hd): what a head reads at every step lies side by side, which is faster
+                row = t.new_zeros(B, t.shape[1], longest, t.shape[2])
+                for i, (a, b) in enumerate(zip(borders, borders[1:])):
+                    if S:
+                        row[i, :, :S] = before.transpose(0, 1)
+                    row[i, :, S : S + b - a] = t[a:b].transpose(0, 1)
+                rows.append(row)
+            self.layers.append(rows)
 
     def attention(self) -> list:
         """For every layer, the attention of one new position per sample, first written at each row's length."""
@@ -221,11 +219,11 @@ class KVCache:
         seen = torch.arange(longest, device=self.lengths.device) <= self.lengths[:, None]  # (B, longest)
 
         def attend(layer, q, k, v):  # (B, H, hd), (B, K, hd), (B, K, hd)
-            if longest > self.layers[layer][0].shape[1]:
-                self.layers[layer] = [F.pad(rows, (0, 0, 0, 0, 0, self.ROOM)) for rows in self.layers[layer]]
+            if longest > self.layers[layer][0].shape[2]:
+                self.layers[layer] = [F.pad(rows, (0, 0, 0, self.ROOM)) for rows in self.layers[layer]]
             rows_k, rows_v = self.layers[layer]
-            rows_k[here, self.lengths], rows_v[here, self.lengths] = k, v
-            k, v = rows_k[:, :longest].transpose(1, 2), rows_v[:, :longest].transpose(1, 2)  # (B, K, longest, hd)
+            rows_k[here, :, self.lengths], rows_v[here, :, self.lengths] = k, v
+            k, v = rows_k[:, :, :longest], rows_v[:, :, :longest]  # (B, K, longest, hd)
             gqa = q.shape[1] != k.shape[1]
             out = F.scaled_dot_product_attention(q[:, :, None], k, v, seen[:, None, None], enable_gqa=gqa)
             return out[:, :, 0]  # (B, H, hd)
@@ -330,16 +328,12 @@ class LLaVA(nn.Module):
 
         Yields {prompt index: its new token} step by step; the tokens of `stop` come too. See `answers`.
         """
-        x, last = self.embed(ids, pixels), []  # (N, dim)
-        cache = KVCache(cu_seqlens, prefix)
-        for i in range(0, len(cu_seqlens) - 1, READ_AT_ONCE):
-            start, borders = cu_seqlens[i], cu_seqlens[i : i + READ_AT_ONCE + 1] - cu_seqlens[i]
-            keep = []
-            attend = flat_attention(len(self.llama.layers), borders, prefix, keep)
-            some = x[start : start + borders[-1]]
-            last.append(self.llama(some, positions(borders, cache.S), attend, wanted=borders[1:].long() - 1))
-            cache.write(i, keep, borders.tolist())
-        x = torch.cat(last)  # (B, dim)
+        S = 0 if prefix is None else len(prefix[0][0])
+        keep = []
+        attend = flat_attention(len(self.llama.layers), cu_seqlens, prefix, keep)
+        last = cu_seqlens[1:].long() - 1  # of each prompt
+        x = self.llama(self.embed(ids, pixels), positions(cu_seqlens, S), attend, wanted=last)  # (B, dim)
+        cache = KVCache(keep, cu_seqlens, prefix)
         rows = list(range(len(cu_seqlens) - 1))  # the prompts still being answered
         said = [[] for _ in rows]
         dice = [torch.Generator().manual_seed(seed + i) for i in rows]

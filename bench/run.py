@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import llava_twin, randomize  # noqa: E402
 
 import checkpoint  # noqa: E402
+import cpu  # noqa: E402
 from data import Batch  # noqa: E402
 from model import LLaMA, LLaMAConfig  # noqa: E402
 from plan import GIB  # noqa: E402
@@ -61,9 +62,9 @@ def caption(dice, system):
     return ids, torch.arange(len(ids)) >= len(ids) - len(answer)
 
 
-def conversation(dice, system):
+def conversation(dice, system, n=None):
     """Stage 2: several turns of 60 to 900 tokens in all, 55 % of them green, the picture first."""
-    n = int(torch.randint(60, 901, (), generator=dice))
+    n = n or int(torch.randint(60, 901, (), generator=dice))
     turns = torch.cat([torch.arange(120) >= 54] * (n // 120 + 1))[:n]
     ids = torch.cat([system, torch.full((VIT.n_patches,), -1), text(n, dice)])
     return ids, torch.cat([torch.zeros(SYSTEM + VIT.n_patches, dtype=torch.bool), turns])
@@ -74,12 +75,16 @@ def prompt(dice, system):
     return torch.cat([system, torch.full((VIT.n_patches,), -1), text(n, dice)]), None
 
 
+def pictures(n: int, dice) -> torch.Tensor:
+    return torch.randint(0, 256, (n, 3, 224, 224), dtype=torch.uint8, generator=dice)
+
+
 def work(kind: str, n: int) -> tuple[torch.Tensor, list, torch.Tensor]:
     """-> ids of the system message, samples (ids (T,), green (T,)), pixels (n, 3, 224, 224)."""
     dice = torch.Generator().manual_seed(len(kind))
     system = text(SYSTEM, dice)
     samples = [{"stage 1": caption, "stage 2": conversation, "answers": prompt}[kind](dice, system) for _ in range(n)]
-    return system, samples, torch.randint(0, 256, (n, 3, 224, 224), dtype=torch.uint8, generator=dice)
+    return system, samples, pictures(n, dice)
 
 
 # --- ours
@@ -90,9 +95,9 @@ def make(c: LLaMAConfig):
 
 
 class Ours:
-    def __init__(self, llava, kind: str, n: int):
+    def __init__(self, llava, kind: str, task):
         self.model, self.kind = llava, kind
-        system, samples, pixels = work(kind, n)
+        system, samples, pixels = task
         ids = [ids[SYSTEM:] for ids, _ in samples]
         borders = torch.tensor([0] + [len(i) for i in ids]).cumsum(0).int()
         green = torch.cat([torch.zeros(len(i), dtype=torch.bool) if g is None else g[SYSTEM:]
@@ -127,10 +132,11 @@ class Ours:
 
 
 class Theirs:
-    def __init__(self, llava, kind: str, n: int, at_once: int = 1):
+    def __init__(self, llava, kind: str, task, at_once: int = 1):
         self.kind, self.at_once = kind, at_once
         self.model = llava_twin(llava, 4096)
-        _, samples, self.pixels = work(kind, n)
+        _, samples, self.pixels = task
+        n = len(samples)
         longest = max(len(ids) for ids, _ in samples)
         self.ids, self.mask = torch.zeros(n, longest, dtype=torch.long), torch.zeros(n, longest, dtype=torch.long)
         self.labels = torch.full((n, longest), -100)
@@ -200,10 +206,11 @@ def alternating(ours, theirs, rounds: int) -> tuple[list[float], list[float]]:
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
-def peak_matmul(n: int = 2048) -> float:
-    """FLOP/s of the best of a few fp32 matmuls: what this machine can do."""
+def peak_matmul(multiply, n: int = 2048) -> float:
+    """FLOP/s of the best of a few fp32 matmuls."""
     a, b = torch.randn(n, n), torch.randn(n, n)
-    return 2 * n**3 / min(timed(lambda: a @ b) for _ in range(15))
+    with torch.no_grad():
+        return 2 * n**3 / min(timed(lambda: multiply(a, b)) for _ in range(15))
 
 
 def necessary(c: LLaMAConfig, kind: str, n: int) -> float:
@@ -244,9 +251,12 @@ def memory(side: str, size: str, kind: str, n: int, at_once: int = 1) -> float:
 
 def alone(side: str, size: str, kind: str, n: int, at_once: int):
     """What `memory` starts."""
+    if side == "ours":
+        cpu.keep_memory()
     before = high_water()
     llava = make(SIZES[size][0])
-    one = Ours(llava, kind, n) if side == "ours" else Theirs(llava, kind, n, at_once)
+    task = work(kind, n)
+    one = Ours(llava, kind, task) if side == "ours" else Theirs(llava, kind, task, at_once)
     if side == "theirs":
         del llava
     for _ in range(2):
@@ -259,7 +269,8 @@ def compare(size: str, kind: str, rounds: int, with_memory: bool) -> dict:
     c, *batch = SIZES[size]
     n = batch[int(kind[-1]) - 1]
     llava = make(c)
-    ours, theirs = Ours(llava, kind, n), Theirs(llava, kind, n)
+    task = work(kind, n)
+    ours, theirs = Ours(llava, kind, task), Theirs(llava, kind, task)
     losses = [side.loss() for side in (ours, theirs)]
     for loss in losses:
         loss.backward()
@@ -278,10 +289,10 @@ def compare(size: str, kind: str, rounds: int, with_memory: bool) -> dict:
 
 
 def compare_answers(size: str, rounds: int, with_memory: bool, prompts: int = 32) -> list[dict]:
-    rows = []
+    rows, task = [], work("answers", prompts)
     for at_once in (1, 8):
         llava = make(SIZES[size][0])
-        ours, theirs = Ours(llava, "answers", prompts), Theirs(llava, "answers", prompts, at_once)
+        ours, theirs = Ours(llava, "answers", task), Theirs(llava, "answers", task, at_once)
         same = sum(a == b for a, b in zip(ours.answers(), theirs.answers()))
         a, b = alternating(ours.answers, theirs.answers, rounds)
         rows.append(dict(size=size, work=f"{prompts} answers", against=f"generate, {at_once} at a time", same=same,
@@ -296,18 +307,17 @@ import sys, time; sys.path[:0] = [{root!r}, {root!r} + "/bench"]
 import torch, checkpoint; from run import high_water; from model import LLaMA, LLaMAConfig; from pathlib import Path
 before, began = high_water(), time.perf_counter()
 if {side!r} == "ours":
-    llama = checkpoint.load_llama({folder!r}, torch.float32)
+    llama = checkpoint.load_llama({folder!r}, {dtype})
 else:
-    llama = LLaMA(LLaMAConfig({config}))
+    llama = LLaMA(LLaMAConfig({config})).to({dtype})
     llama.load_state_dict(torch.load(Path({folder!r}) / "consolidated.00.pth", weights_only=True))
-seconds = time.perf_counter() - began
 sum(p.sum() for p in llama.parameters())  # every page is read
-print(seconds, time.perf_counter() - began, high_water() - before)
+print(time.perf_counter() - began, high_water() - before)
 """
 
 
-def compare_loading(rounds: int) -> dict:
-    """A raw fp16 checkpoint of 1 GB, to fp32."""
+def compare_loading(dtype: torch.dtype, rounds: int) -> dict:
+    """A raw fp16 checkpoint of 1 GB, to `dtype`."""
     c = LLaMAConfig(2048, 8, 16, 16, 5504)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save_llama(LLaMA(c), folder, torch.float16)
@@ -315,12 +325,13 @@ def compare_loading(rounds: int) -> dict:
         found = {"ours": [], "theirs": []}
         for _ in range(rounds):
             for side, results in found.items():
-                code = LOAD.format(root=str(ROOT), side=side, folder=folder, config=str(astuple(c)[:5])[1:-1])
+                code = LOAD.format(root=str(ROOT), side=side, folder=folder, config=str(astuple(c)[:5])[1:-1],
+                                   dtype=dtype)  # fmt: skip
                 said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
                 results.append([float(x) for x in said.split()])
-    return dict(size=f"{size / 1e9:.2f} GB", work="loading", against="torch.load, load_state_dict",
-                **{side: [r[1] for r in results] for side, results in found.items()},
-                memory=[max(r[2] for r in results) for results in found.values()])  # fmt: skip
+    return dict(size=f"{size / 1e9:.2f} GB", work="loading", against=f"load_state_dict, to {str(dtype)[6:]}",
+                **{side: [r[0] for r in results] for side, results in found.items()},
+                memory=[max(r[1] for r in results) for results in found.values()])  # fmt: skip
 
 
 # --- the table
@@ -353,11 +364,14 @@ def main():
     if a.alone:
         side, size, kind, n, at_once = a.alone
         return alone(side, size, kind, int(n), int(at_once))
-    peak, rows = peak_matmul(), []
+    cpu.keep_memory()  # as train.py does; in this process both sides have it
+    own, rows = peak_matmul(torch.matmul), []
+    peak = max(own, peak_matmul(cpu.linear))  # what this machine can do
     about = dict(machine=platform.processor() or platform.machine(), threads=torch.get_num_threads(),
-                 torch=torch.__version__, transformers=transformers.__version__, peak_flops=peak)  # fmt: skip
-    print(f"{about['threads']} threads, {peak / 1e9:.0f} GFLOP/s in a matmul; torch {torch.__version__}, "
-          f"transformers {transformers.__version__}\n{HEAD}", flush=True)  # fmt: skip
+                 torch=torch.__version__, transformers=transformers.__version__, peak_flops=peak,
+                 torch_matmul_flops=own)  # fmt: skip
+    print(f"{about['threads']} threads, {peak / 1e9:.0f} GFLOP/s in the best matmul ({own / 1e9:.0f} in torch's own); "
+          f"torch {torch.__version__}, transformers {transformers.__version__}\n{HEAD}", flush=True)  # fmt: skip
 
     def add(row):
         rows.append(row)
@@ -365,20 +379,20 @@ def main():
 
     for size in a.sizes:
         for kind in ("stage 1", "stage 2"):
-            if kind in a.work and (kind == "stage 1" or not size.startswith("7B")):
-                add(compare(size, kind, a.rounds if not size.startswith("7B") else min(a.rounds, 5), not a.no_memory))
+            if kind in a.work:
+                add(compare(size, kind, a.rounds if not size.startswith("7B") else min(a.rounds, 3), not a.no_memory))
         if "answers" in a.work and size == "middle":
             for row in compare_answers(size, min(a.rounds, 3), not a.no_memory):
                 add(row)
     if "loading" in a.work:
-        add(compare_loading(3))
-    seven = {row["size"]: row for row in rows if row["size"].startswith("7B")}
-    if len(seven) == 2:
-        one, two = seven["7B, 1 layer"], seven["7B, 2 layers"]
-        a_, b_ = (statistics.median(two[s]) - statistics.median(one[s]) for s in ("ours", "theirs"))
-        rows.append(dict(size="7B", work="stage 1", against="per added layer", ours=[a_], theirs=[b_],
-                         flops=two["flops"] - one["flops"]))  # fmt: skip
-        print(line(rows[-1], peak))
+        for dtype in (torch.float16, torch.float32):
+            add(compare_loading(dtype, 5))
+    for kind in ("stage 1", "stage 2"):
+        seven = [row for row in rows if row["size"].startswith("7B") and row["work"] == kind]
+        if len(seven) == 2:
+            a_, b_ = (statistics.median(seven[1][s]) - statistics.median(seven[0][s]) for s in ("ours", "theirs"))
+            add(dict(size="7B", work=kind, against="per added layer", ours=[a_], theirs=[b_],
+                     flops=seven[1]["flops"] - seven[0]["flops"]))  # fmt: skip
     checkpoint.write_json(a.out, dict(about=about, rows=rows))
 
 

@@ -1,0 +1,69 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cpu
+
+ROOT = Path(__file__).parent.parent
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs PyTorch with oneDNN")
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24), (1, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_and_its_gradients_are_those_of_torch(shape, bias, monkeypatch):
+    torch.manual_seed(0)
+    layer, x = cpu.Linear(24, 33, bias=bias), torch.randn(shape, requires_grad=True)
+    inputs, dy = (x, *layer.parameters()), torch.randn(*shape[:-1], 33)
+    reference = F.linear(x, layer.weight, layer.bias)
+    wanted = torch.autograd.grad(reference, inputs, dy)
+    monkeypatch.delattr(F, "linear")  # the layer must not need it
+    y = layer(x)
+    torch.testing.assert_close(y, reference)
+    torch.testing.assert_close(torch.autograd.grad(y, inputs, dy), wanted)
+
+
+@needs_onednn
+def test_inputs_of_any_strides():
+    torch.manual_seed(0)
+    x, weight = torch.randn(24, 9, 4).transpose(0, 2)[:, ::2], torch.randn(24, 33).T
+    torch.testing.assert_close(cpu.linear(x, weight), F.linear(x, weight))
+    one = torch.ones(()).expand(3, 33)  # the gradient of a sum
+    x = torch.randn(3, 24, requires_grad=True)
+    torch.testing.assert_close(torch.autograd.grad(cpu.linear(x, weight), x, one)[0], one @ weight)
+
+
+@needs_onednn
+def test_a_frozen_layer_keeps_no_input():
+    layer, kept = cpu.Linear(24, 33).requires_grad_(False), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(torch.randn(7, 24, requires_grad=True))
+    assert [t.shape for t in kept] == [(33, 24)]
+
+
+def test_bf16_stays_torchs():
+    x = torch.randn(5, 24)
+    layer = cpu.Linear(24, 33)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias)) and layer(x).dtype == torch.bfloat16
+    layer, x = layer.bfloat16(), x.bfloat16()
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_that_is_freed_stays_with_the_process():
+    code = """
+import torch, cpu
+cpu.keep_memory()
+held = lambda: int(next(x for x in open("/proc/self/status") if x.startswith("VmRSS")).split()[1]) // 1024
+before, x = held(), torch.ones(50_000_000)
+del x
+print(held() - before)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(found.stdout) > 180  # MiB of its 190
