@@ -47,9 +47,8 @@ class Product(torch.autograd.Function):
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """F.linear: x (..., in), weight (out, in), bias (out,) -> (..., out)."""
     fp32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-    if fp32 and x.is_cpu and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling():
-        return Product.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
+    onednn = torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling() and x.numel()  # 0 it refuses
+    return Product.apply(x, weight, bias) if fp32 and x.is_cpu and onednn else F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):

@@ -33,6 +33,7 @@ def test_inputs_of_any_strides():
     torch.manual_seed(0)
     x, weight = torch.randn(24, 9, 4).transpose(0, 2)[:, ::2], torch.randn(24, 33).T
     torch.testing.assert_close(cpu.linear(x, weight), F.linear(x, weight))
+    assert cpu.linear(torch.randn(0, 24), weight).shape == (0, 33)
     one = torch.ones(()).expand(3, 33)  # the gradient of a sum
     x = torch.randn(3, 24, requires_grad=True)
     torch.testing.assert_close(torch.autograd.grad(cpu.linear(x, weight), x, one)[0], one @ weight)
