@@ -13,6 +13,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def keep_memory():
     """glibc returns large blocks to the system when they are freed, and every page of the next one costs a fault."""
     with suppress(OSError, AttributeError):  # no glibc
@@ -47,8 +50,9 @@ class Product(torch.autograd.Function):
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """F.linear: x (..., in), weight (out, in), bias (out,) -> (..., out)."""
     fp32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-    onednn = torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling() and x.numel()  # 0 it refuses
-    return Product.apply(x, weight, bias) if fp32 and x.is_cpu and onednn else F.linear(x, weight, bias)
+    if ONEDNN and fp32 and x.is_cpu and x.numel() and not torch.compiler.is_compiling():  # oneDNN refuses no rows
+        return Product.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):

@@ -52,11 +52,11 @@ def start_processes() -> tuple[int, int, torch.device]:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     else:
         keep_memory()
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # One core is left to the workers and to what else runs: when threads outnumber the free cores, PyTorch's wait
-        # for each other at every operation, and all becomes many times slower than with a thread less.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+        if "OMP_NUM_THREADS" not in os.environ:
+            # One core is left to the workers and to what else runs: when threads outnumber the free cores, PyTorch's
+            # wait for each other at every operation, and all becomes many times slower than with a thread less.
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     if "RANK" in os.environ:
         on_gpu = device if device.type == "cuda" else None
         # While one process writes tens of GB the others wait: longer than NCCL's ten minutes.

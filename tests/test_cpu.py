@@ -10,7 +10,7 @@ import cpu
 
 ROOT = Path(__file__).parent.parent
 
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs PyTorch with oneDNN")
+needs_onednn = pytest.mark.skipif(not cpu.ONEDNN, reason="needs a CPU with AVX-512, and oneDNN")
 
 
 @needs_onednn
