@@ -1,7 +1,7 @@
 """What makes a CPU fast: products by oneDNN, and memory that is not given back between steps.
 
 `F.linear` of fp32 goes to MKL, which uses half the width of an AMD processor's vectors (AVX2); oneDNN, which comes
-with PyTorch too, uses all of it (AVX-512). The sums are the same. On GPUs, in bf16 and under torch.compile a `Linear`
+with PyTorch too, uses all of it (AVX-512). The sums are the same but for rounding. On GPUs, in bf16 and under torch.compile a `Linear`
 is torch's own.
 """
 
@@ -12,7 +12,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
@@ -20,7 +19,7 @@ def keep_memory():
     """glibc returns large blocks to the system when they are freed, and every page of the next one costs a fault."""
     with suppress(OSError, AttributeError):  # no glibc
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
+        mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which does not shrink
 
 
@@ -49,8 +48,8 @@ class Product(torch.autograd.Function):
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """F.linear: x (..., in), weight (out, in), bias (out,) -> (..., out)."""
-    fp32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-    if ONEDNN and fp32 and x.is_cpu and x.numel() and not torch.compiler.is_compiling():  # oneDNN refuses no rows
+    fp32 = x.is_cpu and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if ONEDNN and fp32 and x.numel() and not torch.compiler.is_compiling():  # oneDNN fails on zero rows
         return Product.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
