@@ -1,8 +1,8 @@
 """What makes a CPU fast: products by oneDNN, and memory that is not given back between steps.
 
 `F.linear` of fp32 goes to MKL, which uses half the width of an AMD processor's vectors (AVX2); oneDNN, which comes
-with PyTorch too, uses all of it (AVX-512). The sums are the same but for rounding. On GPUs, in bf16, under torch.compile
-and where there is no AVX-512 a `Linear` is torch's own.
+with PyTorch too, uses all of it (AVX-512). The sums are the same but for rounding. On GPUs, in bf16, where there is no
+AVX-512 and under torch.compile a `Linear` is torch's own.
 """
 
 import ctypes
