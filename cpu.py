@@ -24,33 +24,34 @@ def keep_memory():
 
 
 def by_onednn(x, weight, bias=None):
-    """x W^T + b of x (..., in), weight (out, in) of any strides, bias (out,)."""
+    """x W^T + b of x (..., in), W (out, in), b (out,); x and W may be transposed."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-class Product(torch.autograd.Function):
+class LinearFunction(torch.autograd.Function):
     """y = x W^T + b, so dx = dy W, dW = dy^T x, db = dy summed."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias):  # (..., in), (out, in), (out,)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return by_onednn(x, weight, bias)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):  # (..., out)
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        dx = by_onednn(dy, weight.T) if needs_x else None
-        dy = dy.flatten(0, -2)
-        d_weight = by_onednn(dy.T, x.flatten(0, -2).T) if needs_weight else None
-        return dx, d_weight, dy.sum(0) if needs_bias else None
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        dx = by_onednn(dy, weight.T) if of_x else None  # (..., in)
+        dy = dy.flatten(0, -2)  # (N, out)
+        dW = by_onednn(dy.T, x.flatten(0, -2).T) if of_weight else None  # (out, in)
+        return dx, dW, dy.sum(0) if of_bias else None
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear: x (..., in), weight (out, in), bias (out,) -> (..., out)."""
+    """F.linear: x (N..., in), weight (out, in), bias (out,) -> (N..., out)."""
     fp32 = x.is_cpu and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if ONEDNN and fp32 and x.numel() and not torch.compiler.is_compiling():  # oneDNN fails on zero rows
-        return Product.apply(x, weight, bias)
+    if ONEDNN and fp32 and x.numel() and not torch.compiler.is_compiling():  # oneDNN fails where there are no rows
+        return LinearFunction.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 

@@ -178,9 +178,9 @@ def flat_attention(n_layers: int, cu_seqlens: torch.Tensor, prefix=None, keep: l
                                window_size=causal, enable_gqa=gqa)  # fmt: skip
         outs = []
         for qkv in zip(q.split(lengths), ks, vs):
-            # The prefix has no queries here; zeros in their place, read by nobody, line up the causal triangle.
             one_q, one_k, one_v = (t.transpose(0, 1)[None] for t in qkv)  # (1, heads, T or S+T, hd)
-            one_q = F.pad(one_q, (0, 0, S, 0))
+            if S:  # the prefix has no queries here: zeros, whose outputs are dropped, line up the causal triangle
+                one_q = F.pad(one_q, (0, 0, S, 0))  # (1, H, S+T, hd)
             out = F.scaled_dot_product_attention(one_q, one_k, one_v, is_causal=True, enable_gqa=gqa)
             outs.append(out[0, :, S:].transpose(0, 1))  # (T, H, hd)
         return torch.cat(outs)

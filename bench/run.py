@@ -11,6 +11,7 @@ medians of rounds that alternate between the two; memory is the peak of a fresh 
 
 import argparse
 import functools
+import gc
 import os
 import platform
 import statistics
@@ -215,16 +216,16 @@ def peak_matmul(multiply, n: int = 2048) -> float:
 
 def necessary(c: LLaMAConfig, kind: str, n: int) -> float:
     """FLOPs of a step that cannot be left out: no padding, logits at green positions only, no gradients of what is
-    frozen, in stage 1 nothing backward before the picture, in the last layer only what a green token needs."""
+    frozen, in stage 1 nothing backward before the picture, in the last layer only what a green token needs (of whose
+    attention, and of what is before the picture, the mean is taken)."""
     _, samples, _ = work(kind, n)
     dim, kv, D, P = c.dim, c.n_kv_heads * c.head_dim, VIT.width, VIT.n_patches
-    once = SYSTEM if kind == "stage 2" else 0  # the system message, read with each batch
+    keys = 2 * dim * 2 * kv  # per position
+    block = keys + 2 * (2 * dim * dim + 3 * dim * c.ffn_dim)
     total = 0
     for ids, green in samples:
         T, M, first = len(ids) - SYSTEM, int(green.sum()), int((ids < 0).nonzero()[0]) - SYSTEM
         back = T - first if kind == "stage 1" else T  # positions that a gradient reaches
-        keys = 2 * dim * 2 * kv  # per position
-        block = keys + 2 * (2 * dim * dim + 3 * dim * c.ffn_dim)
         seen = SYSTEM * T + T * (T + 1) / 2  # pairs of a query and a key
         attention = 2 * 2 * dim * seen
         forward = (c.n_layers - 1) * (block * T + attention) + keys * T + (block - keys) * M + attention * M / T
@@ -235,7 +236,9 @@ def necessary(c: LLaMAConfig, kind: str, n: int) -> float:
         projector = 2 * 2 * P * D * dim  # W: forward, and its gradient
         vit = (VIT.layers - 1) * ((P + 1) * 2 * 12 * D * D + 4 * D * (P + 1) ** 2) + P * 2 * 3 * VIT.patch_size**2 * D
         total += forward + backward + weights + 2 * words + projector + vit
-    return total + once * 3 * c.n_layers * (2 * (2 * dim * dim + 2 * dim * kv + 3 * dim * c.ffn_dim))
+    if kind == "stage 2":  # the system message is read with each batch: of the last layer, its keys and values
+        total += 3 * SYSTEM * ((c.n_layers - 1) * (block + 2 * dim * (SYSTEM + 1)) + keys)
+    return total
 
 
 def high_water() -> int:
@@ -244,7 +247,7 @@ def high_water() -> int:
 
 
 def memory(side: str, size: str, kind: str, n: int, at_once: int = 1) -> float:
-    """Peak bytes of a fresh process that does the work twice, less what it has after its imports."""
+    """Peak bytes of a fresh process while it does the work twice, less what it has after its imports."""
     command = [sys.executable, __file__, "--alone", side, size, kind, str(n), str(at_once)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -257,8 +260,9 @@ def alone(side: str, size: str, kind: str, n: int, at_once: int):
     llava = make(SIZES[size][0])
     task = work(kind, n)
     one = Ours(llava, kind, task) if side == "ours" else Theirs(llava, kind, task, at_once)
-    if side == "theirs":
-        del llava
+    del llava
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: not building the models is measured
     for _ in range(2):
         one.answers() if kind == "answers" else step(one)
     print(high_water() - before)

@@ -47,19 +47,24 @@ def test_a_frozen_layer_keeps_no_input():
     assert [t.shape for t in kept] == [(33, 24)]
 
 
-def test_bf16_stays_torchs():
-    x = torch.randn(5, 24)
-    layer = cpu.Linear(24, 33)
+def test_what_is_not_fp32_on_a_cpu_stays_torchs(monkeypatch):
+    monkeypatch.setattr(cpu, "ONEDNN", True)
+    monkeypatch.delattr(cpu, "by_onednn")
+    x, layer = torch.randn(5, 24), cpu.Linear(24, 33)
+    with pytest.raises(NameError):
+        layer(x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias)) and layer(x).dtype == torch.bfloat16
-    layer, x = layer.bfloat16(), x.bfloat16()
-    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert layer(x).dtype == torch.bfloat16
+    assert torch.compile(layer, backend="eager")(x).shape == (5, 33)
+    for dtype in (torch.bfloat16, torch.float64):
+        assert layer.to(dtype)(x.to(dtype)).dtype == dtype
+    assert cpu.Linear(24, 33, device="meta")(x.to("meta")).shape == (5, 33)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_that_is_freed_stays_with_the_process():
     code = """
-import torch, cpu
+import ctypes, torch, cpu
 cpu.keep_memory()
 held = lambda: int(next(x for x in open("/proc/self/status") if x.startswith("VmRSS")).split()[1]) // 1024
 before, x = held(), torch.ones(50_000_000)
