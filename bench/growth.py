@@ -6,7 +6,6 @@ Positions a second of a step of training, by this project and by `transformers`,
 itself on the demo, in one process with all cores and in as many processes as there are cores.
 """
 
-import functools
 import json
 import os
 import statistics
@@ -15,29 +14,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from run import ROOT, SIZES, SYSTEM, Ours, Theirs, alternating, conversation, make, pictures, step, text, work
+from run import ROOT, SIZES, in_turn, make, work
 
 import checkpoint
-import cpu
 
 HERE = Path(__file__).parent
 
 
-def of_length(n: int):
-    """One sample with n tokens of text."""
-    dice = torch.Generator().manual_seed(n)
-    system = text(SYSTEM, dice)
-    return system, [conversation(dice, system, n)], pictures(1, dice)
-
-
-def speeds(size: str, kind: str, task, rounds: int = 3) -> dict:
-    """Positions (no padding) a second."""
-    llava = make(SIZES[size][0])
-    sides = Ours(llava, kind, task), Theirs(llava, kind, task)
-    times = alternating(*(functools.partial(step, side) for side in sides), rounds)
-    positions = sum(len(ids) for ids, _ in task[1])
-    return {name: positions / statistics.median(t) for name, t in zip(("ours", "theirs"), times)}
+def speeds(size: str, kind: str, n: int, length: int = 0, rounds: int = 3) -> dict:
+    """Positions a second: of the samples, system message and picture included, whether a side computes them or not."""
+    found = in_turn(size, kind, n, rounds, length=length)
+    positions = sum(len(ids) for ids, _ in work(kind, n, length)[1])
+    return {side: positions / statistics.median(found[side]) for side in ("ours", "theirs")}
 
 
 def curves():
@@ -54,12 +42,12 @@ def curves():
                   f"{result['theirs']:8,.0f}", flush=True)  # fmt: skip
 
     add("stage 2, middle, one sample", "tokens of text",
-        [(n, ("middle", "stage 2", of_length(n))) for n in (64, 128, 256, 512, 1024, 2048)])  # fmt: skip
+        [(n, ("middle", "stage 2", 1, n)) for n in (64, 128, 256, 512, 1024, 2048)])  # fmt: skip
     add("stage 1, middle", "samples of a batch",
-        [(n, ("middle", "stage 1", work("stage 1", n))) for n in (1, 2, 4, 8, 16, 32)])  # fmt: skip
+        [(n, ("middle", "stage 1", n)) for n in (1, 2, 4, 8, 16, 32)])  # fmt: skip
     of_llama = {size: sum(p.numel() for p in make(SIZES[size][0]).llama.parameters()) for size in list(SIZES)[:3]}
     add("stage 1, 4 samples", "parameters of the LLaMA",
-        [(n, (size, "stage 1", work("stage 1", 4))) for size, n in of_llama.items()])  # fmt: skip
+        [(n, (size, "stage 1", 4)) for size, n in of_llama.items()])  # fmt: skip
     return found
 
 
@@ -71,7 +59,7 @@ def processes(steps: int = 60, rounds: int = 3) -> dict:
             with tempfile.TemporaryDirectory() as folder:
                 command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), "train.py",
                            "--stage", "1", "--max-steps", str(steps), "--out", folder + "/run"]  # fmt: skip
-                subprocess.run(command, check=True, cwd=ROOT, capture_output=True,
+                subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL,
                                env=os.environ | {"OMP_NUM_THREADS": str(cores // n)})  # fmt: skip
                 lines = (Path(folder) / "run/metrics.jsonl").read_text().splitlines()
             found.setdefault(n, []).append(statistics.median(json.loads(line)["seconds"] for line in lines))
@@ -97,8 +85,6 @@ def plot(found: list, path: Path):
 
 
 def main():
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    cpu.keep_memory()
     found, shared = curves(), processes()
     for n, seconds in shared.items():
         print(f"stage 1 of the demo, processes: {n}, seconds a step: " + ", ".join(f"{s:.3f}" for s in seconds))

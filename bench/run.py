@@ -5,8 +5,9 @@
 
 Theirs is what a user would write: `LlavaForConditionalGeneration` (its projector one matrix, as in LLaVA 1), a padded
 batch with labels, SDPA attention; answers by `generate`, one prompt at a time as the original does, or left-padded
-batches of 8. Both compute in fp32 with all cores; loss and gradients are compared before anything is timed. Times are
-medians of rounds that alternate between the two; memory is the peak of a fresh process of either, less its imports.
+batches of 8. Both compute in fp32 with all cores; loss and gradients are compared before anything is timed. Then each
+has a fresh process of its own, and they work in turn. Times are medians of the rounds; memory is the peak of either's
+process while it works, less its imports. Loading is compared with `torch.load` and `load_state_dict` instead.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def caption(dice, system):
     return ids, torch.arange(len(ids)) >= len(ids) - len(answer)
 
 
-def conversation(dice, system, n=None):
+def conversation(dice, system, n):
     """Stage 2: several turns of 60 to 900 tokens in all, 55 % of them green, the picture first."""
     n = n or int(torch.randint(60, 901, (), generator=dice))
     turns = torch.cat([torch.arange(120) >= 54] * (n // 120 + 1))[:n]
@@ -76,16 +77,16 @@ def prompt(dice, system):
     return torch.cat([system, torch.full((VIT.n_patches,), -1), text(n, dice)]), None
 
 
-def pictures(n: int, dice) -> torch.Tensor:
-    return torch.randint(0, 256, (n, 3, 224, 224), dtype=torch.uint8, generator=dice)
+def work(kind: str, n: int, length: int = 0) -> tuple[torch.Tensor, list, torch.Tensor]:
+    """-> ids of the system message, samples (ids (T,), green (T,)), pixels (n, 3, 224, 224).
 
-
-def work(kind: str, n: int) -> tuple[torch.Tensor, list, torch.Tensor]:
-    """-> ids of the system message, samples (ids (T,), green (T,)), pixels (n, 3, 224, 224)."""
+    length: of the text of each sample of stage 2, instead of any.
+    """
     dice = torch.Generator().manual_seed(len(kind))
     system = text(SYSTEM, dice)
-    samples = [{"stage 1": caption, "stage 2": conversation, "answers": prompt}[kind](dice, system) for _ in range(n)]
-    return system, samples, pictures(n, dice)
+    draw = {"stage 1": caption, "stage 2": functools.partial(conversation, n=length), "answers": prompt}[kind]
+    samples = [draw(dice, system) for _ in range(n)]
+    return system, samples, torch.randint(0, 256, (n, 3, 224, 224), dtype=torch.uint8, generator=dice)
 
 
 # --- ours
@@ -200,13 +201,6 @@ def timed(do) -> float:
     return time.perf_counter() - began
 
 
-def alternating(ours, theirs, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of each round: ours, theirs, ours, ..."""
-    ours(), theirs()  # warm
-    pairs = [(timed(ours), timed(theirs)) for _ in range(rounds)]
-    return [a for a, _ in pairs], [b for _, b in pairs]
-
-
 def peak_matmul(multiply, n: int = 2048) -> float:
     """FLOP/s of the best of a few fp32 matmuls."""
     a, b = torch.randn(n, n), torch.randn(n, n)
@@ -246,34 +240,56 @@ def high_water() -> int:
     return 1024 * int(next(x for x in open("/proc/self/status") if x.startswith("VmHWM")).split()[1])
 
 
-def memory(side: str, size: str, kind: str, n: int, at_once: int = 1) -> float:
-    """Peak bytes of a fresh process while it does the work twice, less what it has after its imports."""
-    command = [sys.executable, __file__, "--alone", side, size, kind, str(n), str(at_once)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+class Side:
+    """`ours` or `theirs` in a process of its own, as its users would have it; it works when called."""
+
+    def __init__(self, *arguments):
+        """arguments: of `alone`."""
+        command = [sys.executable, str(ROOT / "bench/run.py"), "--alone", *map(str, arguments)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self) -> tuple[float, float]:
+        """-> seconds of one piece of the work, peak bytes so far."""
+        print(file=self.process.stdin, flush=True)
+        seconds, peak = self.process.stdout.readline().split()
+        return float(seconds), float(peak)
 
 
-def alone(side: str, size: str, kind: str, n: int, at_once: int):
-    """What `memory` starts."""
+def alone(side: str, size: str, kind: str, n: int, at_once: int, length: int):
+    """What a `Side` starts: a step (or all the answers) for each line that it is given."""
     if side == "ours":
-        cpu.keep_memory()
+        cpu.keep_memory()  # as train.py does
     before = high_water()
-    llava = make(SIZES[size][0])
-    task = work(kind, n)
+    llava, task = make(SIZES[size][0]), work(kind, n, length)
     one = Ours(llava, kind, task) if side == "ours" else Theirs(llava, kind, task, at_once)
     del llava
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: not building the models is measured
-    for _ in range(2):
-        one.answers() if kind == "answers" else step(one)
-    print(high_water() - before)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: the work is measured, not the building
+    for _ in sys.stdin:
+        seconds = timed(one.answers if kind == "answers" else functools.partial(step, one))
+        print(seconds, high_water() - before, flush=True)
 
 
-def compare(size: str, kind: str, rounds: int, with_memory: bool) -> dict:
+def in_turn(size: str, kind: str, n: int, rounds: int, at_once: int = 1, length: int = 0) -> dict:
+    """-> seconds of each round of ours and theirs, and the peak bytes of each."""
+    sides = [Side(side, size, kind, n, at_once, length) for side in ("ours", "theirs")]
+    for side in sides:
+        side()  # warm
+    found = [[], []]
+    for i in range(rounds):
+        for j in (0, 1) if i % 2 else (1, 0):
+            found[j].append(sides[j]())
+    for side in sides:
+        side.process.communicate()
+    return dict(zip(("ours", "theirs"), ([t for t, _ in pairs] for pairs in found)),
+                memory=[pairs[-1][1] for pairs in found])  # fmt: skip
+
+
+def compare(size: str, kind: str, rounds: int) -> dict:
     """One row: training."""
     c, *batch = SIZES[size]
     n = batch[int(kind[-1]) - 1]
-    llava = make(c)
-    task = work(kind, n)
+    llava, task = make(c), work(kind, n)
     ours, theirs = Ours(llava, kind, task), Theirs(llava, kind, task)
     losses = [side.loss() for side in (ours, theirs)]
     for loss in losses:
@@ -282,28 +298,18 @@ def compare(size: str, kind: str, rounds: int, with_memory: bool) -> dict:
     pairs = zip(ours.gradients().values(), theirs.gradients().values(), strict=True)
     errors += [((a - b).norm() / b.norm()).item() for a, b in pairs]
     assert max(errors) < 1e-4, errors
-    ours.optimizer.zero_grad(), theirs.optimizer.zero_grad()
-    a, b = alternating(functools.partial(step, ours), functools.partial(step, theirs), rounds)
-    row = dict(size=size, work=kind, against="padded step", samples=n, error=max(errors), ours=a, theirs=b,
-               flops=necessary(c, kind, n))  # fmt: skip
-    del ours, theirs, llava
-    if with_memory:
-        row["memory"] = [memory(side, size, kind, n) for side in ("ours", "theirs")]
-    return row
+    del ours, theirs, llava, loss, losses, pairs
+    gc.collect()  # there may be no room for three
+    return dict(size=size, work=kind, against="padded step", samples=n, error=max(errors), flops=necessary(c, kind, n),
+                **in_turn(size, kind, n, rounds))  # fmt: skip
 
 
-def compare_answers(size: str, rounds: int, with_memory: bool, prompts: int = 32) -> list[dict]:
-    rows, task = [], work("answers", prompts)
-    for at_once in (1, 8):
-        llava = make(SIZES[size][0])
-        ours, theirs = Ours(llava, "answers", task), Theirs(llava, "answers", task, at_once)
-        same = sum(a == b for a, b in zip(ours.answers(), theirs.answers()))
-        a, b = alternating(ours.answers, theirs.answers, rounds)
-        rows.append(dict(size=size, work=f"{prompts} answers", against=f"generate, {at_once} at a time", same=same,
-                         ours=a, theirs=b))  # fmt: skip
-        if with_memory:
-            rows[-1]["memory"] = [memory(side, size, "answers", prompts, at_once) for side in ("ours", "theirs")]
-    return rows
+def compare_answers(size: str, at_once: int, rounds: int, prompts: int = 32) -> dict:
+    llava, task = make(SIZES[size][0]), work("answers", prompts)
+    ours, theirs = Ours(llava, "answers", task), Theirs(llava, "answers", task, at_once)
+    same = sum(a == b for a, b in zip(ours.answers(), theirs.answers()))
+    return dict(size=size, work=f"{prompts} answers", against=f"generate, {at_once} at a time", same=same,
+                **in_turn(size, "answers", prompts, rounds, at_once))  # fmt: skip
 
 
 LOAD = """
@@ -360,15 +366,12 @@ def main():
     parser.add_argument("--work", nargs="+", choices=("stage 1", "stage 2", "answers", "loading"),
                         default=["stage 1", "stage 2", "answers", "loading"])  # fmt: skip
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json")
-    parser.add_argument("--alone", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--alone", nargs=6, help=argparse.SUPPRESS)
     a = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     if a.alone:
-        side, size, kind, n, at_once = a.alone
-        return alone(side, size, kind, int(n), int(at_once))
-    cpu.keep_memory()  # as train.py does; in this process both sides have it
+        return alone(*a.alone[:3], *map(int, a.alone[3:]))
     own, rows = peak_matmul(torch.matmul), []
     peak = max(own, peak_matmul(cpu.linear))  # what this machine can do
     about = dict(machine=platform.processor() or platform.machine(), threads=torch.get_num_threads(),
@@ -384,10 +387,10 @@ def main():
     for size in a.sizes:
         for kind in ("stage 1", "stage 2"):
             if kind in a.work:
-                add(compare(size, kind, a.rounds if not size.startswith("7B") else min(a.rounds, 3), not a.no_memory))
+                add(compare(size, kind, a.rounds if not size.startswith("7B") else min(a.rounds, 3)))
         if "answers" in a.work and size == "middle":
-            for row in compare_answers(size, min(a.rounds, 3), not a.no_memory):
-                add(row)
+            for at_once in (1, 8):
+                add(compare_answers(size, at_once, min(a.rounds, 3)))
     if "loading" in a.work:
         for dtype in (torch.float16, torch.float32):
             add(compare_loading(dtype, 5))
