@@ -1,6 +1,7 @@
 """Published weights in (by name tables, strictly); run directories and training state in and out.
 
-    load_llama                  Meta's raw folder, of any number of model-parallel files, or a Hugging Face folder
+    load_llama                  Meta's raw folder, of any number of model-parallel files, a Hugging Face folder, deltas
+                                over either, or a finished LLaVA, of the original release or of transformers
     load_vision                 OpenAI's CLIP archive (ViT-L-14.pt), a Hugging Face CLIP folder, or the demo's file
     load_projector, build       W, and the three parts put together
     save_run, load_run          a run directory: all that is needed to use what was trained; open_run also checks it
@@ -10,8 +11,12 @@ Files are mapped into memory (but TorchScript's, such as OpenAI's archive, and P
 converted one parameter at a time into a model built without memory (on the "meta" device), so the peak stays near the
 size of the weights. What others wrote stays data: no pickled code ever runs. What is written here appears whole or not
 at all.
+
+    python checkpoint.py import LLAVA RUN     # a finished LLaVA -> a run directory, to be asked or trained on here
+    python checkpoint.py export RUN FOLDER    # a run directory -> a folder that transformers loads: export.py
 """
 
+import argparse
 import contextlib
 import ctypes
 import dataclasses
@@ -31,9 +36,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from conversation import UserError, load_tokenizer, visible
+from conversation import TEMPLATE, UserError, load_tokenizer, visible
 from model import LLaMA, LLaMAConfig, LLaVA, Projection
-from vision import FEATURE_LAYER, HEAD_DIM, VisionConfig, VisionTransformer
+from vision import FEATURE_LAYER, HEAD_DIM, PREPROCESSING, VisionConfig, VisionTransformer
 
 # --- names: old -> new, None = knowingly dropped. N is a layer's number, * any rest of a name; the first row that fits
 # counts. Rows with the same new name are parts of one tensor, in this order.
@@ -93,6 +98,16 @@ HF_CLIP = {  # after the prefix `vision_model.`, which transformers 5 leaves off
     "logit_scale": None,
 }
 PROJECTOR = {"model.mm_projector.*": "*", "*": "*"}  # the original's mm_projector.bin, our projector.pth
+LLAVA = {  # a finished LLaVA's parts, as the original release and as transformers before and after 4.52 name them
+    "model.mm_projector.*": "projector.*",
+    "multi_modal_projector.*": "projector.*",
+    "model.multi_modal_projector.*": "projector.*",
+    "vision_tower.*": "vision.*",
+    "model.vision_tower.*": "vision.*",
+    "language_model.*": "llama.*",
+    "model.language_model.*": "llama.model.*",
+    "*": "llama.*",
+}
 
 # The parts of a tensor are concatenated along dim 0, but model-parallel files hold slices of these matrices' inputs
 # (dim 1) and equal copies of the norms (None).
@@ -105,6 +120,8 @@ HF_CONFIG = {
     "num_key_value_heads": "n_kv_heads", "intermediate_size": "ffn_dim", "vocab_size": "vocab_size",
     "rms_norm_eps": "norm_eps", "rope_theta": "rope_theta",
 }  # fmt: skip
+RAW, HF = "a LLaMA in Meta's raw format", "a LLaMA of Hugging Face"  # what a --llama folder may be
+FIRST_LLAVA, HF_LLAVA = "a LLaVA as originally released", "a LLaVA of transformers"
 SPARE_ROWS = 256  # of a LLaMA beyond its tokenizer's pieces, at most: some pad 32,000 rows, or add tokens to them
 
 
@@ -425,31 +442,43 @@ def forget_pages(tensor):
 # --- LLaMA
 
 
-def load_llama(folder, dtype=torch.float32) -> LLaMA:
-    """A LLaMA or Vicuna in `dtype` (None: its own): Meta's raw folder (or a stage-2 run) or a Hugging Face folder.
-
-    On a CPU its files may stay mapped: replace them by renaming, as everything here does, not by writing into them.
-    Raises UserError if it is neither, or an architecture or a tensor that this model has no place for.
-    """
+def kind_of(folder) -> str:
+    """What a --llama folder is: RAW, HF, FIRST_LLAVA or HF_LLAVA. Raises UserError if it is none of them."""
     folder = Path(folder)
     if (folder / "params.json").is_file():
-        return load_raw_llama(folder, dtype)
-    if (folder / "config.json").is_file():
-        return load_hf_llama(folder, dtype)
-    raise UserError(f"{folder}: no LLaMA there: expected params.json and consolidated.00.pth (Meta's raw folder) or "
-                    "config.json and pytorch_model*.bin or model*.safetensors (Hugging Face)")  # fmt: skip
+        return RAW
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no LLaMA there: expected params.json and consolidated.00.pth (Meta's raw folder) "
+                        "or config.json and pytorch_model*.bin or model*.safetensors (Hugging Face)")  # fmt: skip
+    config = read_json(folder / "config.json", dict)
+    if config.get("model_type") not in ("llava", "llava_llama"):
+        return HF  # or of another model, which `hf_config` refuses
+    return HF_LLAVA if "text_config" in config else FIRST_LLAVA
+
+
+def load_llama(folder, dtype=torch.float32, base=None) -> LLaMA:
+    """A LLaMA or Vicuna in `dtype` (None: its own), of any folder that `kind_of` knows (a stage-2 run is a raw one).
+
+    base: the LLaMA's folder that the folder holds deltas over, as Vicuna and LLaVA were first released.
+    On a CPU its files may stay mapped: replace them by renaming, as everything here does, not by writing into them.
+    Raises UserError if it is another architecture, or holds a tensor that this model has no place for.
+    """
+    folder = Path(folder)
+    if kind_of(folder) != RAW:
+        return load_hf_llama(folder, dtype, base and dict(load_llama(base, None).named_parameters()))
+    if base:
+        raise UserError(f"{folder}: is {RAW}, deltas come in Hugging Face's; leave out --llama-base")
+    return load_raw_llama(folder, dtype)
 
 
 def llama_config(folder) -> LLaMAConfig:
     """The architecture alone, of params.json or config.json; no weights are read, and none need be there."""
     folder = Path(folder)
-    if (folder / "params.json").is_file():
-        path, tokenizer = folder / "params.json", folder / "tokenizer.model"
-        rows = load_tokenizer(tokenizer).vocab_size() if tokenizer.exists() else 32000
-        return raw_config(read_json(path, dict), path, rows)
-    if (folder / "config.json").is_file():
+    if kind_of(folder) != RAW:
         return hf_config(folder / "config.json")[0]
-    raise UserError(f"{folder}: no LLaMA there: expected params.json (Meta's raw folder) or config.json (Hugging Face)")
+    path, tokenizer = folder / "params.json", folder / "tokenizer.model"
+    rows = load_tokenizer(tokenizer).vocab_size() if tokenizer.exists() else 32000
+    return raw_config(read_json(path, dict), path, rows)
 
 
 def load_raw_llama(folder: Path, dtype) -> LLaMA:
@@ -487,12 +516,16 @@ def ffn_width(dim: int, multiple_of: int, multiplier: float = 1) -> int:
 
 def hf_config(path: Path) -> tuple[LLaMAConfig, bool]:
     """Of config.json; and whether the output is the word embeddings."""
-    given = read_json(path, dict)
+    given, kind = read_json(path, dict), kind_of(path.parent)
+    if kind == HF_LLAVA:  # what is as in LLaMA-7B may be left out there
+        inner = given["text_config"] if isinstance(given["text_config"], dict) else {}
+        given = dict(zip(HF_CONFIG, dataclasses.astuple(LLaMAConfig()))) | {"num_key_value_heads": None} | inner
     rope = given.get("rope_scaling") or given.get("rope_parameters") or {}  # transformers 4, transformers 5
     rope = rope if isinstance(rope, dict) else {"type": rope}
     config = {"num_key_value_heads": given.get("num_attention_heads"), "rope_theta": 10000.0} | rope
     config |= {key: value for key, value in given.items() if value is not None and key not in rope}  # its theta wins
-    check_only(path, model_type=(given.get("model_type"), "llama"))
+    if kind != FIRST_LLAVA:
+        check_only(path, model_type=(given.get("model_type"), "llama"))
     c = LLaMAConfig(**dict(zip(HF_CONFIG.values(), numbers(config, HF_CONFIG, path))))
     check_only(
         path,
@@ -506,26 +539,54 @@ def hf_config(path: Path) -> tuple[LLaMAConfig, bool]:
     return c, config.get("tie_word_embeddings") is True
 
 
-def load_hf_llama(folder: Path, dtype) -> LLaMA:
+def hf_parts(folder: Path, part: str) -> dict[str, torch.Tensor]:
+    """The weights of the `llama`, the `vision` tower or the `projector` in a Hugging Face folder."""
+    parts = translate(load_folder(folder), LLAVA, folder)
+    return {name.removeprefix(f"{part}."): tensor for name, (tensor,) in parts.items() if name.startswith(f"{part}.")}
+
+
+def load_hf_llama(folder: Path, dtype, base: dict | None = None) -> LLaMA:
+    """base: the parameters to which those in the folder are deltas."""
     path = folder / "config.json"
     c, tied = hf_config(path)
-    parts = translate(load_folder(folder), HF_LLAMA, folder)
+    weights = load_folder(folder) if kind_of(folder) == HF else hf_parts(folder, "llama")
+    parts = translate(weights, HF_LLAMA, folder)
     if tied and "tok_embeddings.weight" in parts:
         words = parts["tok_embeddings.weight"]
         if not all(torch.equal(tensor, words[0]) for tensor in parts.get("output.weight", [])):
             raise UserError(f"{path}: tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight; set "
                             "it to false if the model was trained so, or take other weights")  # fmt: skip
         parts["output.weight"] = list(words)
+    gain = parts.get("norm.weight", [torch.ones(1)])[0].float().abs().mean()  # of the last norm: over 1 in any LLaMA
+    if gain < 0.1 and not base:
+        raise UserError(f"{folder}: holds deltas over another LLaMA's weights (its last norm is near 0); name that "
+                        "LLaMA's folder by --llama-base")  # fmt: skip
+    if gain >= 0.1 and base:
+        raise UserError(f"{folder}: holds weights, not deltas (its last norm is not near 0); leave out --llama-base")
+    if base and base.keys() != parts.keys():
+        raise UserError(f"{folder}: holds deltas of a model with other layers than --llama-base has: "
+                        f"{few(base.keys() ^ parts.keys())}; take the LLaMA of the same size")  # fmt: skip
 
-    def interleave(name, tensor):
-        # RoPE turns pairs of rows of each head of q and k. Meta's pairs are adjacent; Hugging Face's lie half a head
-        # apart, its converter having moved the rows to 0 2 4 ... 1 3 5 ...: here they move back.
-        if not name.endswith((".wq.weight", ".wk.weight")):
-            return tensor
-        halves = tensor.reshape(-1, 2, c.head_dim // 2, c.dim)  # (heads, first or second of the pair, pairs, dim)
-        return halves.transpose(1, 2).reshape(tensor.shape)  # (heads * hd, dim)
+    def finish(name, tensor):
+        if name.endswith((".wq.weight", ".wk.weight")):
+            # RoPE turns pairs of rows of each head of q and k. Meta's pairs are adjacent; Hugging Face's lie half a
+            # head apart, its converter having moved the rows to 0 2 4 ... 1 3 5 ...: here they move back.
+            halves = tensor.reshape(-1, 2, c.head_dim // 2, c.dim)  # (heads, first or second of the pair, pairs, dim)
+            tensor = halves.transpose(1, 2).reshape(tensor.shape)  # (heads * hd, dim)
+        return plus(tensor, base[name], f"{folder}: {name}") if base else tensor
 
-    return build_llama(c, parts, dtype, path, interleave)
+    return build_llama(c, parts, dtype, path, finish)
+
+
+def plus(delta: torch.Tensor, weight: torch.Tensor, name: str) -> torch.Tensor:
+    """In the delta's dtype, as the original release adds them; rows that only the delta has (new words) are whole."""
+    if delta.shape[1:] != weight.shape[1:] or not 0 <= len(delta) - len(weight) <= SPARE_ROWS:
+        raise UserError(f"{name} is {tuple(delta.shape)}, in --llama-base {tuple(weight.shape)}; take the LLaMA of the "
+                        "same size")  # fmt: skip
+    total = delta.clone()
+    total[: len(weight)] += weight.to(delta.dtype)
+    forget_pages(weight)
+    return total
 
 
 def numbers(config: dict, keys, path) -> list:
@@ -583,16 +644,18 @@ def load_vision(path, feature_layer: int = FEATURE_LAYER, dtype=torch.float32) -
     """CLIP's ViT up to `feature_layer` (-1: the last block), in `dtype`; its architecture is read off the shapes.
 
     path: OpenAI's archive ViT-L-14.pt, a torch.save of the same names (`visual.*`; the demo's), or a Hugging Face
-    folder of a CLIPModel or a CLIPVisionModel. Raises UserError for others.
+    folder of a CLIPModel, a CLIPVisionModel or a LLaVA with one. Raises UserError for others.
     """
     path = Path(path)
     if path.is_dir():
         whole = read_json(path / "config.json", dict)
         config = whole.get("vision_config", whole)
         kind = whole.get("model_type")
+        if kind == "llava" and isinstance(config, dict):
+            kind = config.get("model_type")
         if kind not in ("clip", "clip_vision_model") or not isinstance(config, dict):
             raise UserError(f"{path / 'config.json'}: model_type is {kind!r:.80}, expected 'clip' or "
-                            "'clip_vision_model'")  # fmt: skip
+                            "'clip_vision_model'; such as OpenAI's ViT-L-14.pt or its Hugging Face folder")  # fmt: skip
         (width,) = numbers({"hidden_size": 768} | config, ["hidden_size"], path / "config.json")  # defaults: ViT-B's
         check_only(
             path / "config.json",
@@ -600,7 +663,8 @@ def load_vision(path, feature_layer: int = FEATURE_LAYER, dtype=torch.float32) -
             num_attention_heads=(config.get("num_attention_heads", 12), width // HEAD_DIM),
             layer_norm_eps=(config.get("layer_norm_eps", 1e-5), 1e-5),
         )
-        weights = {name.removeprefix("vision_model."): tensor for name, tensor in load_folder(path).items()}
+        weights = hf_parts(path, "vision") if whole.get("model_type") == "llava" else load_folder(path)
+        weights = {name.removeprefix("vision_model."): tensor for name, tensor in weights.items()}
         parts = translate(weights, HF_CLIP, path)
     else:
         parts = translate(load_weights(path), OPENAI_CLIP, path)
@@ -643,8 +707,22 @@ def load_vision(path, feature_layer: int = FEATURE_LAYER, dtype=torch.float32) -
 
 
 def load_projector(path) -> Projection:
-    """W in fp32, from a projector.pth {"weight": (dim, vision_dim)[, "bias"]} or the original's mm_projector.bin."""
-    parts = translate(load_weights(path), PROJECTOR, path)
+    """W in fp32, of a projector.pth {"weight": (dim, vision_dim)[, "bias"]}, an mm_projector.bin, or a LLaVA's folder.
+
+    Raises UserError if there is none, or one of two layers (LLaVA-1.5).
+    """
+    path = Path(path)
+    parts = translate(hf_parts(path, "projector") if path.is_dir() else load_weights(path), PROJECTOR, path)
+    if path.is_dir() and "linear_1.weight" in parts:  # transformers has two layers, with what stands here between them
+        act = read_json(path / "config.json", dict).get("projector_hidden_act")
+        if act == "linear" and "linear_2.weight" in parts:  # nothing: together they are one matrix
+            W1, W2 = (parts.pop(f"linear_{i}.weight")[0].float() for i in (1, 2))  # (dim, vision_dim), (dim, dim)
+            parts["weight"] = [W2 @ W1]
+            if biases := [parts.pop(f"linear_{i}.bias")[0].float() for i in (1, 2) if f"linear_{i}.bias" in parts]:
+                parts["bias"] = [W2 @ biases[0] + biases[-1]]
+    if any(re.fullmatch(r"(0|2|linear_1|linear_2)\.weight", name) for name in parts):
+        raise UserError(f"{path}: its projector has two layers (LLaVA-1.5 and later); here it is one matrix, W: take "
+                        "LLaVA's first version")  # fmt: skip
     if "weight" not in parts or parts["weight"][0].dim() != 2:
         raise UserError(f"{path}: expected the matrix of one linear layer, `weight` or `model.mm_projector.weight`")
     dim, vision_dim = parts["weight"][0].shape
@@ -677,7 +755,8 @@ def build(llama: LLaMA, vision: VisionTransformer, projector: Projection | None 
 def save_run(run, llava: LLaVA, config: dict, tokenizer_path, stage: int, dtype=None):
     """Writes what `load_run` reads.
 
-    config: any JSON; must hold "vision" and in stage 1 "llama", the paths that these came from (kept as absolute ones).
+    config: any JSON; must hold "vision" and in stage 1 "llama", the paths that these came from (kept as absolute ones;
+    and "llama_base", if "llama" holds deltas).
     dtype: of a stage-2 LLaMA in its file; None: as it is.
 
     Everything is first written whole beside its place: a full disk harms nothing. While the files then move into
@@ -685,7 +764,8 @@ def save_run(run, llava: LLaVA, config: dict, tokenizer_path, stage: int, dtype=
     """
     run, new = Path(run), Path(run) / ".new"
     shutil.rmtree(new, ignore_errors=True)  # of a save that was killed
-    config = config | {"stage": stage} | {k: str(Path(config[k]).resolve()) for k in ("vision", "llama") if k in config}
+    paths = {k: str(Path(config[k]).resolve()) for k in ("vision", "llama", "llama_base") if k in config}
+    config = config | {"stage": stage} | paths
     vision = {"path": config["vision"], "sha256": checksum(config["vision"])}
     try:
         if stage == 2:
@@ -727,7 +807,8 @@ def load_run(run, dtype=torch.float32) -> tuple[LLaVA, object, dict]:
     if checksum(vision["path"]) != vision["sha256"]:
         raise UserError(f"{vision['path']}: not the ViT that {run} was trained with (vision.json has another sha256); "
                         "put that one back, or train again")  # fmt: skip
-    llama = load_llama(llama_path, dtype)
+    base = config.get("llama_base") if config["stage"] == 1 else None
+    llama = load_llama(llama_path, dtype, base)
     vit, projector = load_vision(vision["path"], vision["feature_layer"], dtype), load_projector(run / "projector.pth")
     try:
         llava = build(llama, vit, projector)
@@ -811,3 +892,74 @@ def load_state(run) -> dict | None:
         raise UserError(f"{path}: expected {', '.join(kinds)}, as train.py saves them; remove it, or --no-resume to "
                         "begin anew")  # fmt: skip
     return state
+
+
+# --- the command line
+
+
+def import_llava(llava, run, base=None, vision=None, projector=None):
+    """A finished LLaVA -> a run directory `run`, as stage 2 leaves it. See `main` for the rest."""
+    from data import SCIENCEQA_PROMPT  # which imports this file
+
+    folder, run, kind = Path(llava), Path(run), kind_of(llava)
+    if run.exists():
+        raise UserError(f"{run}: is there already; name a new run directory")
+    if kind in (RAW, HF) and not projector:
+        raise UserError(f"{folder}: is {kind}, so W is missing: give its mm_projector.bin by --projector")
+    if kind != HF_LLAVA and not vision:
+        raise UserError(f"{folder}: is {kind}, so the ViT is missing: give OpenAI's ViT-L-14.pt or its Hugging Face "
+                        "folder by --vision")  # fmt: skip
+    print(f"{folder}: {describe(folder)}")
+    config = {} if kind == RAW else read_json(folder / "config.json", dict)
+    layer = config.get("vision_feature_layer", config.get("mm_vision_select_layer", FEATURE_LAYER))
+    if not isinstance(layer, int):
+        raise UserError(f"{folder / 'config.json'}: vision_feature_layer is {layer!r:.80}, expected one layer")
+    check_only(folder / "config.json", vision_feature_select_strategy=(
+        config.get("vision_feature_select_strategy", "default"), "default"))  # fmt: skip
+    W = load_projector(projector or folder)
+    model = build(load_llama(folder, None, base), load_vision(vision or folder, layer, None), W)
+    open_tokenizer(folder / "tokenizer.model", model.llama)
+    precision = "fp32" if model.llama.norm.weight.dtype == torch.float32 else "bf16"
+    save_run(run, model, dict(settings={"task": "chat"}, template=TEMPLATE, prompt=SCIENCEQA_PROMPT,
+             precision=precision, feature_layer=layer, preprocessing=PREPROCESSING, torch=torch.__version__,
+             vision=str(vision or folder), llama=str(folder)), folder / "tokenizer.model", 2)  # fmt: skip
+    print(f"{run}: written; python chat.py --model {run} --image PICTURE")
+
+
+def describe(folder) -> str:
+    """What a --llama folder is, in words."""
+    kind = kind_of(folder)
+    if kind == FIRST_LLAVA and read_json(Path(folder) / "config.json", dict).get("mm_use_im_start_end"):
+        kind += "; it was trained with <im_start> and <im_end> around the picture, which are not put there here"
+    return kind
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Weights in and out.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("import", help="a finished LLaVA -> a run directory").add_argument
+    add("llava", metavar="LLAVA", help="its folder: as originally released, of transformers, or a LLaMA's")
+    add("run", metavar="RUN", help="the run directory to make: for chat.py, eval_scienceqa.py, train.py --init-from")
+    add("--llama-base", metavar="DIR", help="the LLaMA that the folder holds deltas over, if it does")
+    add("--vision", metavar="PATH", help="CLIP: OpenAI's ViT-L-14.pt or a Hugging Face folder (default: the LLaVA's)")
+    add("--projector", metavar="FILE", help="mm_projector.bin or projector.pth (default: the LLaVA's)")
+    add = commands.add_parser("export", help="a run directory -> a folder that transformers loads").add_argument
+    add("run", metavar="RUN", help="a finished run of train.py, of either stage")
+    add("folder", metavar="FOLDER", help="the folder to make")
+    a = parser.parse_args()
+    if a.command == "import":
+        return import_llava(a.llava, a.run, a.llama_base, a.vision, a.projector)
+    from export import export
+
+    export(a.run, a.folder)
+
+
+if __name__ == "__main__":
+    from checkpoint import UserError, main  # export.py imports that module, which is not `__main__`
+
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -55,7 +55,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--stage", type=int, choices=(1, 2), help="1: W alone; 2: W and the LLaMA")
     add("--task", choices=("chat", "scienceqa"), help="of stage 2 (default: chat)")
     add = parser.add_argument_group("inputs (none of them: the demo)").add_argument
-    add("--llama", metavar="DIR", help="LLaMA or Vicuna: Meta's raw folder, a Hugging Face folder, a run of stage 2")
+    add("--llama", metavar="DIR", help="LLaMA or Vicuna: Meta's raw folder, a Hugging Face folder, a run of stage 2; "
+        "or a finished LLaVA, whose W is started from")  # fmt: skip
+    add("--llama-base", metavar="DIR", help="the LLaMA that --llama holds deltas over, as Vicuna v0 was released")
     add("--vision", metavar="PATH", help="CLIP: OpenAI's ViT-L-14.pt or a Hugging Face folder")
     add("--projector", metavar="FILE", help="a W to start from: projector.pth or mm_projector.bin; else noise")
     add("--init-from", metavar="RUN", help="start from this run's LLaMA, ViT and W instead of --llama, --vision and "
@@ -106,10 +108,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a.task = None if a.stage == 1 else a.name
     a.out = Path(a.out or f"runs/{a.name}")
     a.demo = not (a.llama or a.vision or a.data)
-    if a.demo and (a.images or a.projector):
-        raise UserError("--images and --projector go with --llama, --vision and --data; without any of them: the demo")
+    if a.demo and (a.images or a.projector or a.llama_base):
+        raise UserError("--images, --projector and --llama-base go with --llama, --vision and --data; without any of "
+                        "them: the demo")  # fmt: skip
     if a.demo and a.stage == 2:
         a.init_from = a.init_from or "runs/stage1"
+    if a.llama and not a.vision and (Path(a.llama) / "config.json").is_file():
+        a.vision = a.llama if checkpoint.kind_of(a.llama) == checkpoint.HF_LLAVA else None  # its own
     if a.demo and a.init_from in (None, "none"):
         a.llama, a.vision, a.init_from = demo.LLAMA, demo.VISION, None
     needed = ("init_from", "data") if a.init_from else ("llama", "vision", "data")
@@ -117,9 +122,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     if missing and not a.demo:
         raise UserError(f"{' and '.join(missing)} missing: give --llama, --vision and --data, or --init-from and "
                         "--data, or none of them for the demo")  # fmt: skip
-    if a.init_from and (a.llama or a.vision or a.projector):
-        raise UserError("--init-from brings the LLaMA, the ViT and W of its run; leave out --llama, --vision and "
-                        "--projector")  # fmt: skip
+    if a.init_from and (a.llama or a.vision or a.projector or a.llama_base):
+        raise UserError("--init-from brings the LLaMA, the ViT and W of its run; leave out --llama, --llama-base, "
+                        "--vision and --projector")  # fmt: skip
     defaults = PAPER[a.name] | (demo.SETTINGS[a.name] if a.demo else {})
     for name, value in defaults.items():
         if getattr(a, name, None) is None:
@@ -166,7 +171,7 @@ def leave_signals_to_parent(worker: int):
 def settings_of(a) -> dict:
     """Every flag as JSON keeps it; paths are absolute, so that another way to write one is no other setting."""
     settings = {k: v for k, v in vars(a).items() if k not in ("resume", "out", "plan", "gpus", "gpu_memory")}
-    for name in ("llama", "vision", "projector", "init_from", "images"):
+    for name in ("llama", "llama_base", "vision", "projector", "init_from", "images"):
         settings[name] = settings[name] and str(Path(settings[name]).resolve())
     return settings | {"data": [str(Path(path).resolve()) for path in a.data]}
 
@@ -268,14 +273,16 @@ def start_model(a, dtype: torch.dtype):
         model, _, begun = checkpoint.load_run(a.init_from, llama_dtype)
         model.vision.to(dtype)
         model.projector.float()
-        llama, vision = checkpoint.llama_of(a.init_from, begun), begun["vision"]
+        llama, vision, base = checkpoint.llama_of(a.init_from, begun), begun["vision"], begun.get("llama_base")
     else:
-        llama, vision = a.llama, a.vision
-        projector = checkpoint.load_projector(a.projector) if a.projector else None
-        model = checkpoint.build(checkpoint.load_llama(llama, llama_dtype),
-                                 checkpoint.load_vision(vision, FEATURE_LAYER, dtype), projector, a.seed)  # fmt: skip
-    origin = dict(llama=str(Path(llama).resolve()), vision=str(Path(vision).resolve()))
-    return model, Path(llama) / "tokenizer.model", origin
+        llama, vision, base = a.llama, a.vision, a.llama_base
+        finished = checkpoint.kind_of(llama) in (checkpoint.FIRST_LLAVA, checkpoint.HF_LLAVA)
+        projector = a.projector or (llama if finished else None)
+        model = checkpoint.build(checkpoint.load_llama(llama, llama_dtype, base),
+                                 checkpoint.load_vision(vision, FEATURE_LAYER, dtype),
+                                 projector and checkpoint.load_projector(projector), a.seed)  # fmt: skip
+    origin = dict(llama=llama, vision=vision, **(dict(llama_base=base) if base else {}))
+    return model, Path(llama) / "tokenizer.model", {name: str(Path(path).resolve()) for name, path in origin.items()}
 
 
 def train(a, rank: int, world: int, device: torch.device):
@@ -301,6 +308,8 @@ def train(a, rank: int, world: int, device: torch.device):
     precision = a.precision = a.precision or ("bf16" if device.type == "cuda" else "fp32")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model, tokenizer, origin = start_model(a, dtype)
+    if a.llama and not a.demo:
+        say(f"{a.llama}: {checkpoint.describe(a.llama)}" + (f", deltas over {a.llama_base}" if a.llama_base else ""))
     model.llama.checkpoint_activations = a.checkpoint_activations
     if a.parallel == "ddp":
         model.to(device)

@@ -31,7 +31,7 @@ import parallel
 from checkpoint import load_llama, load_projector, load_run, load_vision, save_llama, save_run
 from conversation import UserError
 from model import LLaMA, LLaMAConfig, LLaVA, Projection, flat_attention, positions
-from vision import VisionConfig
+from vision import VisionConfig, normalize
 
 IDS = torch.arange(3, 20)
 
@@ -632,6 +632,147 @@ def test_projectors(tmp_path):
     torch.save({"weight": W, "bias": torch.ones(4)}, tmp_path / "bias.pth")
     with refused(tmp_path / "bias.pth", "bias (4,)"):
         load_projector(tmp_path / "bias.pth")
+
+
+# --- deltas, and a finished LLaVA
+
+
+@pytest.mark.parametrize("base", ["raw", "bin"])
+def test_deltas_are_added_to_their_base(tmp_path, base):
+    before, after = their_llama(8), their_llama(8)
+    folder = write_raw(before, tmp_path / "base") if base == "raw" else write_hf(before, tmp_path / "base", "bin")
+    delta = {name: (0.01 * torch.randn_like(weight)).half() for name, weight in before.state_dict().items()}
+    total = {name: (weight.half() + delta[name]).float() for name, weight in before.state_dict().items()}
+    after.load_state_dict(total)
+    words = {"model.embed_tokens.weight": torch.randn(3, 64).half(), "lm_head.weight": torch.randn(3, 64).half()}
+    write_hf(before, tmp_path / "delta", "bin")  # v0 has words that its base has not: their rows are whole
+    torch.save(delta | {name: torch.cat([delta[name], more]) for name, more in words.items()},
+               tmp_path / "delta/pytorch_model.bin")  # fmt: skip
+    config = json.loads((tmp_path / "delta/config.json").read_text())
+    (tmp_path / "delta/config.json").write_text(json.dumps(config | {"vocab_size": 99}))
+    llama = load_llama(tmp_path / "delta", None, folder)
+    wanted = load_llama(write_hf(after, tmp_path / "after", "bin"))
+    for name, weight in wanted.named_parameters():
+        got = llama.get_parameter(name)
+        assert got.dtype == torch.float16 and torch.equal(got[: len(weight)].float(), weight), name
+    assert torch.equal(llama.output.weight[96:], words["lm_head.weight"])
+    assert torch.equal(llama.tok_embeddings.weight[96:], words["model.embed_tokens.weight"])
+    with refused(tmp_path / "delta", "deltas", "--llama-base"):
+        load_llama(tmp_path / "delta")
+    with refused(tmp_path / "after", "not deltas", "--llama-base"):
+        load_llama(tmp_path / "after", None, folder)
+    with refused(folder, "--llama-base"):
+        load_llama(folder, None, tmp_path / "after")
+    write_raw(their_llama(8, num_hidden_layers=1), tmp_path / "shallow")
+    with refused(tmp_path / "delta", "other layers", "layers.1."):
+        load_llama(tmp_path / "delta", None, tmp_path / "shallow")
+    write_raw(their_llama(8, vocab_size=100), tmp_path / "wide")
+    with refused(tmp_path / "delta", "(99, 64)", "(100, 64)"):
+        load_llama(tmp_path / "delta", None, tmp_path / "wide")
+
+
+def write_first_llava(theirs, folder: Path, **projector) -> Path:
+    """As the original release: a LLaMA's folder with the projector among the weights."""
+    write_hf(theirs, folder, "bin")
+    weights = torch.load(folder / "pytorch_model.bin")
+    torch.save(weights | {f"model.mm_projector.{name}": weight for name, weight in projector.items()},
+               folder / "pytorch_model.bin")  # fmt: skip
+    config = json.loads((folder / "config.json").read_text())
+    more = {"model_type": "llava", "mm_vision_tower": "openai/clip-vit-large-patch14", "mm_hidden_size": 128,
+            "mm_vision_select_layer": -2, "mm_use_im_start_end": True}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config | more))
+    return folder
+
+
+def test_a_llava_of_the_original_release(theirs, tmp_path):
+    W, b = torch.randn(64, 128), torch.randn(64)
+    folder = write_first_llava(theirs, tmp_path / "llava", weight=W.half(), bias=b.half())
+    assert checkpoint.kind_of(folder) == checkpoint.FIRST_LLAVA and "<im_start>" in checkpoint.describe(folder)
+    assert checkpoint.llama_config(folder).dim == 64
+    assert error(logits(load_llama(folder)), theirs.reference) < 1e-5
+    projector = load_projector(folder)
+    assert torch.equal(projector.weight, W.half().float()) and torch.equal(projector.bias, b.half().float())
+    with refused(folder / "config.json", "ViT-L-14.pt"):
+        load_vision(folder)
+    later = write_first_llava(theirs, tmp_path / "later", **{"0.weight": W, "2.weight": torch.randn(64, 64)})
+    with refused(later, "two layers", "first version"):
+        load_projector(later)
+    with refused(write_hf(theirs, tmp_path / "vicuna", "bin"), "`model.mm_projector.weight`"):
+        load_projector(tmp_path / "vicuna")
+
+
+def their_llava(theirs, act="linear", bias=True) -> transformers.LlavaForConditionalGeneration:
+    llava = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
+        vision_config=their_clip().config.vision_config, text_config=theirs.config, image_token_id=95,
+        projector_hidden_act=act, vision_feature_layer=-2, multimodal_projector_bias=bias,
+    )).eval()  # fmt: skip
+    randomize(llava, seed=1)
+    return llava
+
+
+@pytest.mark.parametrize("names", ["of now", "before 4.52"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_llava_of_transformers(theirs, tmp_path, names, bias):
+    llava, folder = their_llava(theirs, bias=bias), tmp_path / "llava"
+    if names == "of now":
+        llava.save_pretrained(folder, max_shard_size="300KB")
+    else:
+        llava.config.save_pretrained(folder)
+        olds = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.",
+                "model.vision_tower.": "vision_tower.vision_model.", "model.multi": "multi"}  # fmt: skip
+        weights = {}
+        for name, weight in llava.state_dict().items():
+            start = next(start for start in olds if name.startswith(start))
+            weights[olds[start] + name.removeprefix(start)] = weight
+        torch.save(weights, folder / "pytorch_model.bin")
+        config = json.loads((folder / "config.json").read_text())  # what is as in LLaMA-7B is left out of old ones
+        config["text_config"] = {k: v for k, v in config["text_config"].items() if v != 32000}
+        (folder / "config.json").write_text(json.dumps(config))
+    assert checkpoint.kind_of(folder) == checkpoint.HF_LLAVA
+    ours = checkpoint.build(load_llama(folder), load_vision(folder), load_projector(folder))
+    assert (ours.projector.bias is not None) == bias
+    pixels = torch.randint(0, 256, (1, 3, 42, 42), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    ids, borders = torch.cat([IDS[:5], torch.full((9,), -1), IDS[5:]]), torch.tensor([0, 26], dtype=torch.int32)
+    with torch.no_grad():
+        reference = llava(input_ids=torch.where(ids < 0, 95, ids)[None], pixel_values=normalize(pixels)).logits[0]
+        x = ours.llama(ours.embed(ids, pixels), positions(borders), flat_attention(2, borders))
+        assert error(ours.llama.logits(x), reference) < 1e-5
+
+
+def test_a_llava_with_two_layers_between_is_refused(theirs, tmp_path):
+    their_llava(theirs, act="gelu").save_pretrained(tmp_path)
+    with refused(tmp_path, "two layers", "first version"):
+        load_projector(tmp_path)
+
+
+def test_import(theirs, tmp_path, tiny_tokenizer, capsys):
+    """Each kind of a finished LLaVA becomes a run directory of the same numbers."""
+    theirs, root = their_llama(8, vocab_size=tiny_tokenizer.vocab_size() + 1), tmp_path
+    clip = their_clip()
+    clip.save_pretrained(root / "clip")
+    W = torch.randn(64, 128)
+    torch.save({"model.mm_projector.weight": W}, root / "mm_projector.bin")
+    first = write_first_llava(theirs, root / "first", weight=W)
+    vicuna = write_hf(theirs, root / "vicuna", "bin")
+    llava = their_llava(theirs, bias=False)
+    llava.save_pretrained(root / "hf")
+    for folder in (first, vicuna, root / "hf"):
+        (folder / "tokenizer.model").write_bytes(tiny_tokenizer.serialized_model_proto())
+    checkpoint.import_llava(first, root / "run-first", vision=root / "clip")
+    checkpoint.import_llava(vicuna, root / "run-vicuna", vision=root / "clip", projector=root / "mm_projector.bin")
+    checkpoint.import_llava(root / "hf", root / "run-hf")
+    assert "<im_start>" in capsys.readouterr().out
+    runs = {name: checkpoint.open_run(root / f"run-{name}", torch.device("cpu"), "", template="vicuna_v0", stage=2)
+            for name in ("first", "vicuna", "hf")}  # fmt: skip
+    assert equal(runs["first"][1], runs["vicuna"][1]) and torch.equal(runs["first"][1].projector.weight, W)
+    assert equal(runs["hf"][1].llama, load_llama(root / "hf")) and equal(runs["hf"][1].vision, load_vision(root / "hf"))
+    with refused(root / "run-hf", "already"):
+        checkpoint.import_llava(root / "hf", root / "run-hf")
+    with refused(vicuna, "--projector"):
+        checkpoint.import_llava(vicuna, root / "other", vision=root / "clip")
+    with refused(first, "--vision"):
+        checkpoint.import_llava(first, root / "other")
+    assert not (root / "other").exists()
 
 
 # --- files that are damaged, hostile or something else
