@@ -98,7 +98,7 @@ HF_CLIP = {  # after the prefix `vision_model.`, which transformers 5 leaves off
     "logit_scale": None,
 }
 PROJECTOR = {"model.mm_projector.*": "*", "*": "*"}  # the original's mm_projector.bin, our projector.pth
-LLAVA = {  # a finished LLaVA's parts, as the original release and as transformers before and after 4.52 name them
+LLAVA = {  # a finished LLaVA's parts, as the original release, files of transformers, and its modules name them
     "model.mm_projector.*": "projector.*",
     "multi_modal_projector.*": "projector.*",
     "model.multi_modal_projector.*": "projector.*",

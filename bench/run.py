@@ -11,6 +11,7 @@ process while it works, less its imports. Loading is compared with `torch.load` 
 """
 
 import argparse
+import ctypes
 import functools
 import gc
 import os
@@ -264,6 +265,7 @@ def alone(side: str, size: str, kind: str, n: int, at_once: int, length: int):
     one = Ours(llava, kind, task) if side == "ours" else Theirs(llava, kind, task, at_once)
     del llava
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the building has freed goes back to the system, which `ours` had forbidden
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: the work is measured, not the building
     for _ in sys.stdin:
         seconds = timed(one.answers if kind == "answers" else functools.partial(step, one))
@@ -272,17 +274,21 @@ def alone(side: str, size: str, kind: str, n: int, at_once: int, length: int):
 
 def in_turn(size: str, kind: str, n: int, rounds: int, at_once: int = 1, length: int = 0) -> dict:
     """-> seconds of each round of ours and theirs, and the peak bytes of each."""
-    sides = [Side(side, size, kind, n, at_once, length) for side in ("ours", "theirs")]
-    for side in sides:
-        side()  # warm
-    found = [[], []]
+    sides, found = {}, {"ours": [], "theirs": []}
     for i in range(rounds):
-        for j in (0, 1) if i % 2 else (1, 0):
-            found[j].append(sides[j]())
-    for side in sides:
+        for name in ("theirs", "ours") if i % 2 else ("ours", "theirs"):
+            if not (side := sides.pop(name, None)):
+                side = Side(name, size, kind, n, at_once, length)
+                side()  # warm
+            found[name].append(side())
+            if size.startswith("7B"):
+                side.process.communicate()  # there may be no room for both
+            else:
+                sides[name] = side
+    for side in sides.values():
         side.process.communicate()
-    return dict(zip(("ours", "theirs"), ([t for t, _ in pairs] for pairs in found)),
-                memory=[pairs[-1][1] for pairs in found])  # fmt: skip
+    return {name: [seconds for seconds, _ in pairs] for name, pairs in found.items()} | dict(
+        memory=[pairs[-1][1] for pairs in found.values()])  # fmt: skip
 
 
 def compare(size: str, kind: str, rounds: int) -> dict:

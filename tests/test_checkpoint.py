@@ -627,7 +627,7 @@ def test_projectors(tmp_path):
     saved = torch.load(tmp_path / "projector.pth")
     assert saved.keys() == {"weight"} and saved["weight"].dtype == torch.float32
     torch.save({"model.mm_projector.0.weight": W, "model.mm_projector.2.weight": W}, tmp_path / "mlp.bin")
-    with refused(tmp_path / "mlp.bin", "one linear layer"):
+    with refused(tmp_path / "mlp.bin", "two layers"):
         load_projector(tmp_path / "mlp.bin")
     torch.save({"weight": W, "bias": torch.ones(4)}, tmp_path / "bias.pth")
     with refused(tmp_path / "bias.pth", "bias (4,)"):
@@ -710,12 +710,15 @@ def their_llava(theirs, act="linear", bias=True) -> transformers.LlavaForConditi
     return llava
 
 
-@pytest.mark.parametrize("names", ["of now", "before 4.52"])
+@pytest.mark.parametrize("names", ["on disk", "of the modules", "before 4.52"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_llava_of_transformers(theirs, tmp_path, names, bias):
     llava, folder = their_llava(theirs, bias=bias), tmp_path / "llava"
-    if names == "of now":
+    if names == "on disk":
         llava.save_pretrained(folder, max_shard_size="300KB")
+    elif names == "of the modules":
+        llava.config.save_pretrained(folder)
+        torch.save(llava.state_dict(), folder / "pytorch_model.bin")
     else:
         llava.config.save_pretrained(folder)
         olds = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.",
@@ -844,7 +847,7 @@ def test_damaged_files_are_named(tmp_path):
         load_projector(path)
     with refused(tmp_path / "nothing.pth", "No such file"):
         load_projector(tmp_path / "nothing.pth")
-    with refused(tmp_path, "directory"):
+    with refused(tmp_path, "pytorch_model.bin"):
         load_projector(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(safetensors.torch.save({"a": torch.ones(9)})[:-1])
     with refused(tmp_path / "model.safetensors", "damaged"):
