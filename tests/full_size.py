@@ -2,6 +2,7 @@
 
     python tests/full_size.py data                        # 60K and 600K samples and their zip: 2 GB of disk, 10 minutes
     python tests/full_size.py checkpoints                 # a 7B and a 13B: up to 30 GB of disk, as much of it in memory
+    python tests/full_size.py captions                    # prepare_cc3m.py on 100K, 300K and 1M captions: 2 minutes
     python tests/full_size.py data --samples 1000 5000    # to try it
 
 Resident memory (RSS) counts what processes share in each of them; PSS divides it among them. "imports" is what a
@@ -9,6 +10,7 @@ process has after `import data` alone: PyTorch, mostly.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -161,6 +163,57 @@ def report_data(root: Path, samples: list[int]):
                       flush=True)  # fmt: skip
 
 
+# --- captions
+
+
+def make_captions(folder: Path, n: int):
+    """folder/cc3m.tsv: of n captions, two to four things each, whose frequencies fall as 1 / rank (Zipf's law)."""
+    n, dice = int(n), np.random.default_rng(0)
+    syllables = [a + b for a in "b c d f g h k l m n p r s t v".split() for b in "a e i o u an el or".split()]
+    made_up = ["".join(dice.choice(syllables, 3)) for _ in range(5000)]
+    things = "person dog woman background city man tree car beach team actor water flower house street boat".split()
+    kinds = "young white black red beautiful old small green blue happy wooden traditional".split()
+    joints = np.array(", in on with at near during and of wearing against".split())
+
+    def draw(words, size):
+        cumulative = np.cumsum(1 / np.arange(3, len(words) + 3))
+        return np.array(words)[np.searchsorted(cumulative, dice.random(size) * cumulative[-1])]
+
+    with open(folder / "cc3m.tsv", "w") as file:
+        for start in range(0, n, 10_000):
+            nouns, adjectives = draw(things + made_up, (10_000, 4)), draw(kinds + made_up[:300], (10_000, 4))
+            between, counts = dice.choice(joints, (10_000, 4)), dice.integers(2, 5, 10_000)
+            articles = dice.choice(["", "a ", "the "], (10_000, 4))
+            plain = dice.random((10_000, 4)) < 0.6
+            for i in range(min(10_000, n - start)):
+                parts = [f"{articles[i, k]}{'' if plain[i, k] else adjectives[i, k] + ' '}{nouns[i, k]}"
+                         f" {between[i, k]} " for k in range(counts[i])]  # fmt: skip
+                file.write("".join(parts).rsplit(" ", 2)[0] + f"\thttp://example.org/{start + i}.jpg\n")
+
+
+def prepare_captions(folder: Path, phrases: str):
+    import prepare_cc3m
+
+    result, began = dict(imports=memory()), time.time()
+    flags = ["--data", folder / "cc3m.tsv", "--out", folder / phrases, "--phrases", phrases]
+    with contextlib.redirect_stdout(sys.stderr):
+        prepare_cc3m.prepare(prepare_cc3m.parse_arguments(list(map(str, flags))))
+    report = json.loads((folder / phrases / "report.json").read_text())
+    return result | dict(seconds=time.time() - began, captions=report["captions"], phrases=report["phrases"])
+
+
+def report_captions(root: Path, samples: list[int], phrases: str):
+    print("captions   taken   phrases before   after   seconds   captions/s   peak MiB   of it imports")
+    for n in samples:
+        folder = root / str(n)
+        folder.mkdir()
+        measured("make_captions", folder, n)
+        r = measured("prepare_captions", folder, phrases)
+        print(f"{n:9,}{r['captions']['after']:10,}{r['phrases']['before']:16,}{r['phrases']['after']:10,}"
+              f"{r['seconds']:10.1f}{n / r['seconds']:12,.0f}{r['VmHWM'] / 2**20:11,.0f}{r['imports']['Rss']:15,}",
+              flush=True)  # fmt: skip
+
+
 # --- checkpoints
 
 
@@ -234,14 +287,17 @@ def main():
         print(json.dumps(globals()[name](Path(folder), *arguments) or {}))
         return
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=("data", "checkpoints"))
-    parser.add_argument("--samples", type=int, nargs="+", default=[60_000, 600_000])
+    parser.add_argument("what", choices=("data", "captions", "checkpoints"))
+    parser.add_argument("--samples", type=int, nargs="+", help="(default: 60K 600K; of captions 100K 300K 1M)")
+    parser.add_argument("--phrases", default="simple", help="of captions: as prepare_cc3m.py takes it")
     parser.add_argument("--layers", type=int, help="of the checkpoints (default: as many as there is memory for)")
     parser.add_argument("--folder", help="a disk with room (default: where temporary files go)")
     a = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=a.folder) as root:
         if a.what == "data":
-            report_data(Path(root), a.samples)
+            report_data(Path(root), a.samples or [60_000, 600_000])
+        elif a.what == "captions":
+            report_captions(Path(root), a.samples or [100_000, 300_000, 1_000_000], a.phrases)
         else:
             report_checkpoints(Path(root), a.layers)
 
