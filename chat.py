@@ -138,7 +138,7 @@ def talk(chat: Chat):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpForm)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpForm)
     add = parser.add_argument
     add("--model", type=Path, metavar="RUN", default=Path("runs/chat"), help="a run directory of stage 2")
     add("--image", type=Path, metavar="FILE", help="what to talk about (default: text alone)")

@@ -46,11 +46,17 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
-class HelpForm(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds a flag's default to its help, unless that is None: then the help says what happens without the flag."""
+class HelpForm(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Adds a flag's default to its help, unless that is None (then the help says what happens without it) or "off".
+
+    The description, a module's docstring, keeps its lines.
+    """
 
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default is None or action.const else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action):
+        return {int: "N", float: "X"}.get(action.type) or super()._get_default_metavar_for_optional(action)
 
 
 def load_tokenizer(path) -> sentencepiece.SentencePieceProcessor:
@@ -188,9 +194,9 @@ def show(sp, ids: np.ndarray, green: np.ndarray, colour: bool = True) -> str:
 def main():
     import data  # imports this file
 
-    parser = argparse.ArgumentParser(description="Print a sample as Table 2 of the paper, green in green.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpForm)
     data.add_data_arguments(parser)
-    parser.add_argument("--index", type=int, default=0, help="which sample, from 0 (default 0)")
+    parser.add_argument("--index", type=int, default=0, help="which sample, from 0")
     arguments = parser.parse_args()
     sp, examples, n_patches = data.open_for_display(arguments)
     if not 0 <= arguments.index < len(examples):

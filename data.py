@@ -618,10 +618,12 @@ def ask(model, encode: Encoder, prompts: list[Example], prefix=None, max_new_tok
 
 def add_data_arguments(parser):
     """The flags by which conversation.py finds data and a tokenizer; none of them: the demo."""
-    parser.add_argument("--data", nargs="+", metavar="PATH", help="LLaVA JSON, captions, or a ScienceQA folder")
-    parser.add_argument("--split", default="train", help="of a ScienceQA folder (default train)")
+    parser.add_argument("--data", nargs="+", metavar="PATH", help="LLaVA JSON, captions, or a ScienceQA folder "
+                        "(default: the demo's captions)")  # fmt: skip
+    parser.add_argument("--split", default="train", help="of a ScienceQA folder: a name in its pid_splits.json")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model of a LLaMA (default: the demo's)")
-    parser.add_argument("--patches", type=int, help="positions that a picture takes (default 256, or the demo's)")
+    parser.add_argument("--patches", type=int, help="positions that a picture takes (default: the demo's; 256 "
+                        "with --tokenizer)")  # fmt: skip
 
 
 def open_for_display(arguments):

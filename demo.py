@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm, trange
 
 import checkpoint
-from conversation import IMAGE, IMAGE_ID, UserError, load_tokenizer, render, system_ids, tokenize
+from conversation import IMAGE, IMAGE_ID, HelpForm, UserError, load_tokenizer, render, system_ids, tokenize
 from data import LETTERS, REQUESTS, from_caption, from_scienceqa, options_line
 from model import LLaMA, LLaMAConfig, flat_attention, positions
 from vision import VisionConfig, VisionTransformer, normalize
@@ -963,12 +963,12 @@ def build(folder: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpForm)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("draw", help="write the demo's data")
-    command.add_argument("folder", type=Path, metavar="DIR")
-    command = commands.add_parser("build", help="make the backbones anew")
-    command.add_argument("--out", type=Path, default=SHIPPED, metavar="DIR", help=f"where (default {SHIPPED})")
+    command = commands.add_parser("draw", help="write the demo's data", formatter_class=HelpForm)
+    command.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
+    command = commands.add_parser("build", help="make the backbones anew", formatter_class=HelpForm)
+    command.add_argument("--out", type=Path, default=SHIPPED, metavar="DIR", help="where")
     command = commands.add_parser("report", help="print the figures of the demo's runs again")
     command.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run directories (default: all in runs/)")
     arguments = parser.parse_args()

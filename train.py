@@ -1,8 +1,10 @@
 """Trains LLaVA: what trains in which stage, the schedule, and the one loop (section 4.2 of the paper).
 
     torchrun train.py --stage 1                       # W alone, on captioned pictures; no paths: the demo
+    torchrun train.py --stage 2                       # W and the LLaMA, on conversations; starts from runs/stage1
     torchrun --nproc_per_node 8 train.py --stage 1 \\
         --llama vicuna-13b-v0 --vision ViT-L-14.pt --data chat.json --images images.zip
+    python train.py --plan --llama vicuna-13b-v0      # what fits on which GPUs
 
 One process without torchrun works as well. The loss of a global batch is the sum of the green tokens' negative log
 likelihoods over their count, over all micro-batches and processes (Eq. 3): how the batch is cut up changes nothing.
@@ -50,10 +52,13 @@ def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> fl
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpForm)
+    def paper(name):
+        return "default: " + ", ".join(f"{run} {how[name]}" for run, how in PAPER.items()) + "; in the demo its own"
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpForm)
     add = parser.add_argument_group("what is trained").add_argument
-    add("--stage", type=int, choices=(1, 2), help="1: W alone; 2: W and the LLaMA")
-    add("--task", choices=("chat", "scienceqa"), help="of stage 2 (default: chat)")
+    add("--stage", type=int, choices=(1, 2), help="1: W alone trains; 2: W and the LLaMA; the ViT never does")
+    add("--task", choices=("chat", "scienceqa"), help="of stage 2: a chatbot, or ScienceQA (default: chat)")
     add = parser.add_argument_group("inputs (none of them: the demo)").add_argument
     add("--llama", metavar="DIR", help="LLaMA or Vicuna: Meta's raw folder, a Hugging Face folder, a run of stage 2; "
         "or a finished LLaVA, whose W is started from")  # fmt: skip
@@ -68,10 +73,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--missing-pictures-as-text", action="store_true", help="ask ScienceQA problems without absent pictures")
     add = parser.add_argument_group("the run").add_argument
     add("--out", metavar="DIR", help="run directory (default runs/stage1, runs/chat or runs/scienceqa)")
-    add("--epochs", type=int, help="passes over the data (default: the paper's; in the demo its own)")
-    add("--batch-size", type=int, help="samples of a step over all processes (default likewise)")
+    add("--epochs", type=int, help=f"passes over the data ({paper('epochs')})")
+    add("--batch-size", type=int, help=f"samples of a step over all processes ({paper('batch_size')})")
     add("--micro-batch-tokens", type=int, default=16384, help="positions that a process computes on at once")
-    add("--lr", type=float, help="peak learning rate (default likewise)")
+    add("--lr", type=float, help=f"peak learning rate ({paper('lr')})")
     add("--warmup-ratio", type=float, default=0.03, help="share of the steps in which the learning rate rises")
     add("--max-length", type=int, default=2048, help="positions of a sample; longer ones are cut, never in a picture")
     add("--max-steps", type=int, help="stop after so many steps (default: epochs decide)")

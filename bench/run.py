@@ -33,6 +33,7 @@ from conftest import llava_twin, randomize  # noqa: E402
 
 import checkpoint  # noqa: E402
 import cpu  # noqa: E402
+from conversation import HelpForm  # noqa: E402
 from data import Batch  # noqa: E402
 from model import LLaMA, LLaMAConfig  # noqa: E402
 from plan import GIB  # noqa: E402
@@ -367,12 +368,13 @@ HEAD = (f"{'size':13} {'work':11} {'against':28} {'ours, s':>8} {'theirs':>8} {'
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpForm)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), metavar="SIZE",
+                        help="of the LLaMA: " + "; ".join(SIZES))  # fmt: skip
     parser.add_argument("--work", nargs="+", choices=("stage 1", "stage 2", "answers", "loading"),
-                        default=["stage 1", "stage 2", "answers", "loading"])  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json")
+                        default=["stage 1", "stage 2", "answers", "loading"], help="what is timed")  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each side; the times are their medians")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json", help="the JSON to write")
     parser.add_argument("--alone", nargs=6, help=argparse.SUPPRESS)
     a = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
