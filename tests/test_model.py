@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (VIT, VOCAB, error, flat, in_transformers, llama_twin, llava_twin, sample, samples, tiny_llama,
+from conftest import (VOCAB, error, flat, in_transformers, llama_twin, llava_twin, sample, samples, tiny_llama,
                       tiny_llava)  # fmt: skip
 
 import model
