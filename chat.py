@@ -9,6 +9,7 @@ Each question is asked with the whole conversation before it, in the template th
 import argparse
 import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ HELP = """\
 class Chat:
     """A conversation with a model: turns human, assistant, human, ...; `<image>` in the first if there is a picture."""
 
-    def __init__(self, run: Path, device, **settings):
+    def __init__(self, run: Path, device: torch.device, **settings):
         """settings: max_new_tokens, temperature, top_p and seed of `LLaVA.generate`."""
         self.device, self.settings = device, settings
         opened = checkpoint.open_run(run, device, TRAINED_BY, template=TEMPLATE)
@@ -50,7 +51,7 @@ class Chat:
                 raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
         self.path, self.pixels, self.turns, self.written = path, pixels.to(self.device), [], set()
 
-    def ask(self, question: str):
+    def ask(self, question: str) -> Iterator[str]:
         """Yields the answer piece by piece. Left early (Ctrl-C), what was said by then is the answer."""
         if self.path and not self.turns:
             question = f"{IMAGE}\n{question}"
@@ -91,7 +92,7 @@ class Chat:
         note(f"{path} is written" + (f"; its picture is in {self.path.resolve().parent}" if self.path else ""))
 
 
-def note(text):
+def note(text: str):
     print(text, file=sys.stderr, flush=True)  # stdout is for answers
 
 
@@ -149,7 +150,7 @@ def main():
     add("--seed", type=int, default=0, help="of the draws, if --temperature is not 0")
     a = parser.parse_args()
     for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(errors="replace")  # no byte that is typed or said ends the chat
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # no byte that is typed or said ends the chat
     if not 0 <= a.temperature < float("inf") or not 0 < a.top_p <= 1 or a.max_new_tokens < 1 or a.seed < 0:
         raise UserError("--temperature and --seed: 0 or more; --top-p: over 0, up to 1; --max-new-tokens: 1 or more")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

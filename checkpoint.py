@@ -31,10 +31,13 @@ import re
 import shutil
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 import torch.nn as nn
+from sentencepiece import SentencePieceProcessor
 
 from conversation import TEMPLATE, UserError, load_tokenizer, visible
 from model import LLaMA, LLaMAConfig, LLaVA, Projection
@@ -129,7 +132,7 @@ SPARE_ROWS = 256  # of a LLaMA beyond its tokenizer's pieces, at most: some pad 
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write. If the block ends well it becomes `path`, else it is removed and the old `path` is unharmed."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")  # in the same folder: only within a disk is a rename atomic
@@ -170,13 +173,13 @@ def reason(error: BaseException) -> str:
     return visible(text.split("\n")[0])[:150]
 
 
-def write_json(path, data):
+def write_json(path: str | Path, data):
     text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     with replacing(path) as file:
         file.write(text.encode())
 
 
-def read_json(path, kind=object):
+def read_json(path: str | Path, kind: type = object) -> Any:
     """kind: dict or list, where nothing else will do. Raises UserError with the position of what is not JSON."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -191,13 +194,13 @@ def read_json(path, kind=object):
     return data
 
 
-def save_tensors(path, data):
+def save_tensors(path: str | Path, data):
     """torch.save of tensors and plain Python values."""
     with replacing(path) as file:  # a file, not its name: torch.save would write the temporary name into the content
         torch.save(data, file)
 
 
-def load_tensors(path):
+def load_tensors(path: str | Path) -> Any:
     """What torch.save wrote (or the tensors of a .safetensors file), on the CPU, memory mapped.
 
     Tensors and plain values only: no code runs, whatever the file holds. The mapping is private: a write into a
@@ -308,7 +311,7 @@ class TorchScriptReader(pickle.Unpickler):
         return data.as_strided(size, stride, offset)  # checks the bounds
 
 
-def load_weights(path) -> dict[str, torch.Tensor]:
+def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
     weights = load_tensors(path)
     if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
         raise UserError(f"{path}: expected a dict of tensors, as torch.save(model.state_dict(), ...) writes it")
@@ -348,7 +351,7 @@ def load_folder(folder: Path) -> dict[str, torch.Tensor]:
     raise UserError(f"{folder}: expected pytorch_model.bin or model.safetensors, or the index JSON of its parts")
 
 
-def checksum(path) -> str:
+def checksum(path: str | Path) -> str:
     """sha256 of a file, or of a Hugging Face folder: of its config.json and weights, in the order of their names."""
     digest, path = hashlib.sha256(), Path(path)
     for part in sorted(path.iterdir()) if path.is_dir() else [path]:
@@ -400,7 +403,8 @@ def fill(model: nn.Module, parts: dict, dtype, path, finish=lambda name, tensor:
     """
     parameters, wrong = dict(model.named_parameters()), []
     for name in parameters.keys() & parts:
-        shape, dim = list(parameters[name].shape), parts_dim(name)
+        shape: list[float] = list(parameters[name].shape)
+        dim = parts_dim(name)
         if dim is not None:
             shape[dim] /= len(parts[name])
         for tensor in parts[name]:
@@ -442,7 +446,7 @@ def forget_pages(tensor):
 # --- LLaMA
 
 
-def kind_of(folder) -> str:
+def kind_of(folder: str | Path) -> str:
     """What a --llama folder is: RAW, HF, FIRST_LLAVA or HF_LLAVA. Raises UserError if it is none of them."""
     folder = Path(folder)
     if (folder / "params.json").is_file():
@@ -456,7 +460,8 @@ def kind_of(folder) -> str:
     return HF_LLAVA if "text_config" in config else FIRST_LLAVA
 
 
-def load_llama(folder, dtype=torch.float32, base=None) -> LLaMA:
+def load_llama(folder: str | Path, dtype: torch.dtype | None = torch.float32,
+               base: str | Path | None = None) -> LLaMA:  # fmt: skip
     """A LLaMA or Vicuna in `dtype` (None: its own), of any folder that `kind_of` knows (a stage-2 run is a raw one).
 
     base: the LLaMA's folder that the folder holds deltas over, as Vicuna and LLaVA were first released.
@@ -465,13 +470,13 @@ def load_llama(folder, dtype=torch.float32, base=None) -> LLaMA:
     """
     folder = Path(folder)
     if kind_of(folder) != RAW:
-        return load_hf_llama(folder, dtype, base and dict(load_llama(base, None).named_parameters()))
+        return load_hf_llama(folder, dtype, dict(load_llama(base, None).named_parameters()) if base else None)
     if base:
         raise UserError(f"{folder}: is {RAW}, deltas come in Hugging Face's; leave out --llama-base")
     return load_raw_llama(folder, dtype)
 
 
-def llama_config(folder) -> LLaMAConfig:
+def llama_config(folder: str | Path) -> LLaMAConfig:
     """The architecture alone, of params.json or config.json; no weights are read, and none need be there."""
     folder = Path(folder)
     if kind_of(folder) != RAW:
@@ -619,10 +624,10 @@ def build_llama(c: LLaMAConfig, parts: dict, dtype, path, *how) -> LLaMA:
     return llama
 
 
-def save_llama(llama: LLaMA, folder, dtype=None):
+def save_llama(llama: LLaMA, folder: str | Path, dtype: torch.dtype | None = None):
     """Writes Meta's raw format, in one file of any size: params.json, consolidated.00.pth in `dtype` (None: as is)."""
     c = llama.config
-    params = {"dim": c.dim, "n_layers": c.n_layers, "n_heads": c.n_heads}
+    params: dict[str, float] = {"dim": c.dim, "n_layers": c.n_layers, "n_heads": c.n_heads}
     if c.n_kv_heads != c.n_heads:
         params["n_kv_heads"] = c.n_kv_heads
     # The format has no ffn_dim: find the multiple that the formula rounds up to it, or else a multiplier too.
@@ -640,7 +645,8 @@ def save_llama(llama: LLaMA, folder, dtype=None):
 # --- CLIP
 
 
-def load_vision(path, feature_layer: int = FEATURE_LAYER, dtype=torch.float32) -> VisionTransformer:
+def load_vision(path: str | Path, feature_layer: int = FEATURE_LAYER,
+                dtype: torch.dtype | None = torch.float32) -> VisionTransformer:  # fmt: skip
     """CLIP's ViT up to `feature_layer` (-1: the last block), in `dtype`; its architecture is read off the shapes.
 
     path: OpenAI's archive ViT-L-14.pt, a torch.save of the same names (`visual.*`; the demo's), or a Hugging Face
@@ -706,7 +712,7 @@ def load_vision(path, feature_layer: int = FEATURE_LAYER, dtype=torch.float32) -
 # --- W, and the three parts together
 
 
-def load_projector(path) -> Projection:
+def load_projector(path: str | Path) -> Projection:
     """W in fp32, of a projector.pth {"weight": (dim, vision_dim)[, "bias"]}, an mm_projector.bin, or a LLaVA's folder.
 
     Raises UserError if there is none, or one of two layers (LLaVA-1.5).
@@ -732,7 +738,7 @@ def load_projector(path) -> Projection:
     return projector
 
 
-def save_projector(projector: Projection, path):
+def save_projector(projector: Projection, path: str | Path):
     save_tensors(path, {name: p.detach().float().cpu() for name, p in projector.named_parameters()})
 
 
@@ -752,7 +758,8 @@ def build(llama: LLaMA, vision: VisionTransformer, projector: Projection | None 
 # --- run directories
 
 
-def save_run(run, llava: LLaVA, config: dict, tokenizer_path, stage: int, dtype=None):
+def save_run(run: str | Path, llava: LLaVA, config: dict, tokenizer_path: str | Path, stage: int,
+             dtype: torch.dtype | None = None):  # fmt: skip
     """Writes what `load_run` reads.
 
     config: any JSON; must hold "vision" and in stage 1 "llama", the paths that these came from (kept as absolute ones;
@@ -784,7 +791,7 @@ def save_run(run, llava: LLaVA, config: dict, tokenizer_path, stage: int, dtype=
         shutil.rmtree(new, ignore_errors=True)
 
 
-def load_run(run, dtype=torch.float32) -> tuple[LLaVA, object, dict]:
+def load_run(run: str | Path, dtype: torch.dtype | None = torch.float32) -> tuple[LLaVA, SentencePieceProcessor, dict]:
     """-> LLaVA, tokenizer and config of a run directory; W is fp32, the rest in `dtype`.
 
     Raises UserError if the run is not finished, or its ViT (or, in stage 1, its LLaMA) is not where it was or another.
@@ -817,18 +824,18 @@ def load_run(run, dtype=torch.float32) -> tuple[LLaVA, object, dict]:
     return llava, open_tokenizer(llama_path / "tokenizer.model", llava.llama), config
 
 
-def lacks(run, stage: int) -> str | None:
+def lacks(run: str | Path, stage: int | None) -> str | None:
     """The first of the files that a finished run of this stage has, and this one has not."""
     names = ["vision.json", "projector.pth"] + ["params.json", "consolidated.00.pth", "tokenizer.model"] * (stage == 2)
     return next((name for name in names if not (Path(run) / name).is_file()), None)
 
 
-def llama_of(run, config: dict) -> Path:
+def llama_of(run: str | Path, config: dict) -> Path:
     """Where the LLaMA of a run with this config is: in stage 2 in its own directory."""
     return Path(run) if config.get("stage") == 2 else Path(str(config.get("llama") or None))
 
 
-def open_run(run, device, trained_by: str, **must_be) -> tuple:
+def open_run(run: str | Path, device: torch.device, trained_by: str, **must_be) -> tuple:
     """A run directory, for use -> config, model, tokenizer, the context to compute in (its precision).
 
     trained_by: the command that makes such a run; must_be: what its config must say, such as stage=2.
@@ -848,7 +855,7 @@ def open_run(run, device, trained_by: str, **must_be) -> tuple:
     return config, model.to(device).requires_grad_(False), sp, autocast
 
 
-def open_tokenizer(path, llama: LLaMA):
+def open_tokenizer(path: str | Path, llama: LLaMA) -> SentencePieceProcessor:
     """The SentencePiece model of a LLaMA. Raises UserError if it has more pieces than the LLaMA rows, or far fewer."""
     sp = load_tokenizer(path)
     pieces, rows = sp.vocab_size(), llama.config.vocab_size
@@ -864,7 +871,7 @@ def open_tokenizer(path, llama: LLaMA):
 # --- training state
 
 
-def save_state(run, state: dict, step: int):
+def save_state(run: str | Path, state: dict, step: int):
     """Replaces run/state/training.pth, whole or not at all. state: tensors and plain Python values, nested."""
     assert plain(state), "weights_only could not load it again: only tensors, dict, list, tuple, str, numbers, None"
     save_tensors(Path(run) / "state" / "training.pth", state | {"step": step})
@@ -878,7 +885,7 @@ def plain(value) -> bool:
     return isinstance(value, torch.Tensor) or type(value) in (str, int, float, bool, type(None))
 
 
-def load_state(run) -> dict | None:
+def load_state(run: str | Path) -> dict | None:
     """What was given to `save_state`, with its "step". None if there is none yet. Raises UserError on all else."""
     path = Path(run) / "state" / "training.pth"
     if not path.exists():
@@ -897,7 +904,8 @@ def load_state(run) -> dict | None:
 # --- the command line
 
 
-def import_llava(llava, run, base=None, vision=None, projector=None):
+def import_llava(llava: str | Path, run: str | Path, base: str | Path | None = None, vision: str | Path | None = None,
+                 projector: str | Path | None = None):  # fmt: skip
     """A finished LLaVA -> a run directory `run`, as stage 2 leaves it. See `main` for the rest."""
     from data import SCIENCEQA_PROMPT  # which imports this file
 
@@ -926,7 +934,7 @@ def import_llava(llava, run, base=None, vision=None, projector=None):
     print(f"{run}: written; python chat.py --model {run} --image PICTURE")
 
 
-def describe(folder) -> str:
+def describe(folder: str | Path) -> str:
     """What a --llama folder is, in words."""
     kind = kind_of(folder)
     if kind == FIRST_LLAVA and read_json(Path(folder) / "config.json", dict).get("mm_use_im_start_end"):

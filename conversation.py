@@ -22,10 +22,11 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
+from sentencepiece import SentencePieceProcessor
 
 TEMPLATE = "vicuna_v0"  # recorded with every run, so that nothing is ever asked in another template
 SYSTEM = (  # a protocol literal: Vicuna-v0's weights expect exactly these words
@@ -59,12 +60,12 @@ class HelpForm(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHe
         return {int: "N", float: "X"}.get(action.type) or super()._get_default_metavar_for_optional(action)
 
 
-def load_tokenizer(path) -> sentencepiece.SentencePieceProcessor:
+def load_tokenizer(path: str | Path) -> SentencePieceProcessor:
     """Reads a SentencePiece `tokenizer.model`. Raises UserError if it is missing, something else or without BOS."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; a LLaMA folder needs its SentencePiece `tokenizer.model`")
     try:
-        sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        sp = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a SentencePiece model ({visible(str(error).splitlines()[0])[:100]})") from None
     if sp.bos_id() < 0:
@@ -124,7 +125,8 @@ def split_at_picture(message: str) -> tuple[str, str]:
     raise ValueError(f"it has a picture, so its first human message must start or end with a line {IMAGE}")
 
 
-def tokenize(sp, turns: list[str], n_patches: int = 0, system: str = SYSTEM) -> tuple[np.ndarray, np.ndarray]:
+def tokenize(sp: SentencePieceProcessor, turns: list[str], n_patches: int = 0,
+             system: str = SYSTEM) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Token ids and green mask of a conversation, final before any model sees them.
 
     sp: SentencePieceProcessor (0.2.2 or later, for its offsets).
@@ -146,18 +148,18 @@ def tokenize(sp, turns: list[str], n_patches: int = 0, system: str = SYSTEM) -> 
     return np.array(ids, dtype=np.int64), np.array(green, dtype=bool)
 
 
-def stop_ids(sp) -> list[int]:
+def stop_ids(sp: SentencePieceProcessor) -> list[int]:
     """The ids of <STOP> as an answer ends with it: those of `###` at the start of a line."""
     line = sp.encode("\n" + STOP, return_type="offset_mapping")
     return [id for id, (begin, _) in zip(line["ids"], line["offsets"]) if begin >= 1]
 
 
-def system_ids(sp, system: str = SYSTEM) -> list[int]:
+def system_ids(sp: SentencePieceProcessor, system: str = SYSTEM) -> list[int]:
     """The ids that every conversation starts with: `<s>{system}\\n\\n### Human:` (what follows opens with a space)."""
     return [sp.bos_id()] + sp.encode(f"{system}\n\n{STOP} Human:")
 
 
-def surface(sp, ids) -> str:
+def surface(sp: SentencePieceProcessor, ids: Iterable[int]) -> str:
     """The exact characters that ids stand for (sp.decode drops a leading space); patches are left out."""
     spelled = b""
     for id in map(int, ids):
@@ -173,7 +175,7 @@ def readable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)  # all but \t and \n
 
 
-def show(sp, ids: np.ndarray, green: np.ndarray, colour: bool = True) -> str:
+def show(sp: SentencePieceProcessor, ids: np.ndarray, green: np.ndarray, colour: bool = True) -> str:
     """A sample as Table 2, read back from its ids: green in green (without colour, in ⟦brackets⟧)."""
     kinds = np.where(ids == IMAGE_ID, 2, green)  # 0 read, 1 green, 2 picture
     starts = np.flatnonzero(np.diff(kinds, prepend=-1))
@@ -203,7 +205,7 @@ def main():
         raise UserError(f"--index {arguments.index}: the data has samples 0 to {len(examples) - 1}")
     example = examples[arguments.index]
     ids, green = tokenize(sp, example.turns, n_patches if example.image else 0)
-    sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show does not end it
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a character that the terminal cannot show does not end it
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, as any Unix command, without a word
     print(readable(f"sample {example.id}, " + (f"picture {example.image}" if example.image else "no picture")) + "\n")

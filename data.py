@@ -12,6 +12,7 @@ comes. So 595K samples are an array of offsets, shared by all worker processes, 
 are the entries of a zip of pictures.
 """
 
+import argparse
 import contextlib
 import io
 import json
@@ -27,9 +28,11 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
+from sentencepiece import SentencePieceProcessor
 
 from checkpoint import load_vision, read_json
 from conversation import IMAGE, STOP, UserError, load_tokenizer, split_at_picture, stop_ids, surface, tokenize
+from model import LLaVA, Prefix
 from vision import open_picture, preprocess
 
 REQUESTS = (  # the naive expansion of a caption asks one of these at random
@@ -204,10 +207,10 @@ class Records:
         # Latin-1 makes one character of each byte, so that the decoder's positions are offsets into the file.
         text = raw.decode("latin-1")
         del raw
-        skip = json.decoder.WHITESPACE.match  # (text, position) -> the whitespace there
+        skip = json.decoder.WHITESPACE.match  # type: ignore[attr-defined]  # (text, position) -> the whitespace there
         at = skip(text, 3 if text.startswith("\xef\xbb\xbf") else 0).end()
         as_list = text[at : at + 1] == "["
-        decoder, dice, rows, self.kind = json.JSONDecoder(), random.Random(0), array("q"), None
+        decoder, dice, rows, self.kind = json.JSONDecoder(), random.Random(0), array("q"), ""
         if as_list:
             at = skip(text, at + 1).end()
         try:
@@ -247,7 +250,7 @@ class Records:
     def __len__(self):
         return len(self.index)
 
-    def __getitem__(self, i) -> dict:
+    def __getitem__(self, i: int) -> dict:
         start, end = self.index[i, :2].tolist()
         try:
             record = json.loads(self.file.read(start, end - start))
@@ -313,7 +316,7 @@ class ScienceQA:
     def __len__(self):
         return len(self.records)
 
-    def __getitem__(self, i) -> dict:
+    def __getitem__(self, i: int) -> dict:
         return self.records[i]
 
 
@@ -347,7 +350,8 @@ class Examples:
     """The examples of all the data sets that --data names, one after another."""
 
     def __init__(self, paths: list, seed: int = 0, split: str = "train", absent: str = "refuse"):
-        self.seed, self.parts = seed, []
+        self.seed = seed
+        self.parts: list[ScienceQA | Records] = []
         for path in map(Path, paths):
             if path.is_dir():
                 self.parts.append(ScienceQA(path, split, absent))
@@ -358,7 +362,7 @@ class Examples:
     def __len__(self):
         return int(self.starts[-1])
 
-    def __getitem__(self, i) -> Example:
+    def __getitem__(self, i: int) -> Example:
         return self.get(i, epoch=0)
 
     def get(self, i: int, epoch: int) -> Example:
@@ -447,7 +451,7 @@ class Zip:
 class Pictures:
     """Encoded pictures by name, from a folder or straight from a zip."""
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path):
         self.path, self.zip = Path(path), None
         if not self.path.exists():
             raise UserError(f"{path}: no such folder or zip of pictures (--images)")
@@ -486,7 +490,7 @@ class Batch:
     cu_seqlens: torch.Tensor  # (B+1,) int32
     pixels: torch.Tensor  # (pictures, 3, S, S) uint8
 
-    def to(self, device) -> "Batch":
+    def to(self, device: torch.device) -> "Batch":
         return Batch(*(t.to(device, non_blocking=True) for t in self.__dict__.values()))
 
 
@@ -494,7 +498,7 @@ class Batch:
 class Encoder:
     """Turns an example into what a model of this tokenizer and picture size reads."""
 
-    sp: object
+    sp: SentencePieceProcessor
     n_patches: int
     image_size: int
     pictures: Pictures | None
@@ -514,7 +518,7 @@ class Encoder:
             end = int(patches[0])
         ids, green = ids[:end], green[:end]
         pixels = None
-        if len(patches) and patches[-1] < end:
+        if example.image and len(patches) and patches[-1] < end:
             try:
                 if self.pictures is None:
                     raise ValueError("give its folder or zip as --images")
@@ -574,7 +578,7 @@ class Steps(torch.utils.data.Dataset):
         self.examples, self.encode, self.batch_size, self.seed = examples, encode, batch_size, seed
         self.rank, self.world, self.limit = rank, world, limit
         self.per_epoch = -(-len(examples) // batch_size)  # the last batch of an epoch may be smaller
-        self.types, self.sampling, self.epoch = examples.types(), sampling, None
+        self.types, self.sampling, self.epoch = examples.types(), sampling, -1
 
     def __getitem__(self, t: int) -> Step:
         epoch, within = divmod(t, self.per_epoch)
@@ -603,7 +607,8 @@ class Steps(torch.utils.data.Dataset):
 
 
 @torch.no_grad()
-def ask(model, encode: Encoder, prompts: list[Example], prefix=None, max_new_tokens=64, batch_size=32) -> list[str]:
+def ask(model: LLaVA, encode: Encoder, prompts: list[Example], prefix: Prefix | None = None, max_new_tokens: int = 64,
+        batch_size: int = 32) -> list[str]:  # fmt: skip
     """The model's greedy answers to prompts (each ending with a human's turn), `batch_size` at a time."""
     device, stop, texts = model.projector.weight.device, stop_ids(encode.sp), []
     for i in range(0, len(prompts), batch_size):
@@ -616,7 +621,7 @@ def ask(model, encode: Encoder, prompts: list[Example], prefix=None, max_new_tok
 # --- for the command lines
 
 
-def add_data_arguments(parser):
+def add_data_arguments(parser: argparse.ArgumentParser):
     """The flags by which conversation.py finds data and a tokenizer; none of them: the demo."""
     parser.add_argument("--data", nargs="+", metavar="PATH", help="LLaVA JSON, captions, or a ScienceQA folder "
                         "(default: the demo's captions)")  # fmt: skip
@@ -626,7 +631,7 @@ def add_data_arguments(parser):
                         "with --tokenizer)")  # fmt: skip
 
 
-def open_for_display(arguments):
+def open_for_display(arguments: argparse.Namespace) -> tuple[SentencePieceProcessor, Examples, int]:
     """-> tokenizer, examples, patches a picture, for `python conversation.py`. No picture is opened."""
     import demo  # which needs nothing of this file, but is read after it
 

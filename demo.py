@@ -19,8 +19,10 @@ import random
 import re
 import shutil
 import zlib
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -69,11 +71,11 @@ ATTRIBUTES = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "place": PLACES
 Scene = tuple[Thing, ...]  # in reading order of their places; no two of the same place or the same name
 
 
-def is_scene(things) -> bool:
+def is_scene(things: Collection[Thing]) -> bool:
     return len({t.place for t in things}) == len({t.name for t in things}) == len(things)
 
 
-def in_order(things) -> Scene:
+def in_order(things: Iterable[Thing]) -> Scene:
     return tuple(sorted(things, key=lambda t: PLACES.index(t.place)))
 
 
@@ -85,7 +87,7 @@ def free(scene: Scene) -> list[str]:
     return [place for place in PLACES if place not in {t.place for t in scene}]
 
 
-def draw_scene(dice: random.Random, held_out: bool = False, counts=(1, 2, 2, 3, 3)) -> Scene:
+def draw_scene(dice: random.Random, held_out: bool = False, counts: Sequence[int] = (1, 2, 2, 3, 3)) -> Scene:
     while True:
         n = dice.choice(counts)
         scene = in_order(Thing(*map(dice.choice, ATTRIBUTES.values())) for _ in range(n))
@@ -229,7 +231,7 @@ GOODS = ("bread", "apples", "shoes", "books", "milk", "hats")
 TEXTS = ("poem", "letter", "story", "song", "speech", "diary")
 
 
-def options(dice: random.Random, right: str, among, most: int = 4) -> tuple[list[str], int]:
+def options(dice: random.Random, right: str, among: Iterable[str], most: int = 4) -> tuple[list[str], int]:
     """Two to `most` choices, one of them right -> choices, index of the right one."""
     wrong = [x for x in dict.fromkeys(among) if x != right]
     choices = [right] + dice.sample(wrong, min(len(wrong), dice.randint(1, most - 1)))
@@ -426,7 +428,7 @@ def heldout(folder: Path) -> list[HeldOut]:
     ]  # fmt: skip
 
 
-def any_of(words) -> str:
+def any_of(words: Iterable[str]) -> str:
     return "(" + "|".join(sorted(words, key=len, reverse=True)) + ")"  # the longest first: top-left before top
 
 
@@ -730,8 +732,9 @@ def read_all(sp, dice: random.Random, share: float):
 # --- the recipe of the backbones
 
 VOCAB, N_BYTES = 1024, 3 + 256  # the first pieces are <unk>, <s>, </s> and the bytes
-LLAMA_SHAPE = dict(dim=128, n_layers=4, n_heads=8, n_kv_heads=8, ffn_dim=352, vocab_size=VOCAB, norm_eps=1e-5)
-LLAMA_TRAINING = (  # in this order
+LLAMA_SHAPE: dict[str, Any] = dict(dim=128, n_layers=4, n_heads=8, n_kv_heads=8, ffn_dim=352, vocab_size=VOCAB,
+                                   norm_eps=1e-5)  # fmt: skip
+LLAMA_TRAINING: tuple[tuple[str, dict[str, Any]], ...] = (  # in this order
     ("repeat", dict(text=repeat, steps=600, batch_size=64, lr=4e-3, bare=True, other_words=1.0)),
     ("facts", dict(text=functools.partial(retell, n=2), steps=300, batch_size=64, lr=4e-3, bare=True)),
     ("facts", dict(text=functools.partial(retell, n=3), steps=250, batch_size=64, lr=4e-3, bare=True)),
@@ -741,7 +744,7 @@ LLAMA_TRAINING = (  # in this order
 )
 MUON_LR = 5e-3
 VIT_SHAPE = dict(image_size=PIXELS, patch_size=PATCH, width=128, layers=4)
-VIT_TRAINING = dict(steps=1000, batch_size=128, lr=1.5e-3)
+VIT_TRAINING: dict[str, Any] = dict(steps=1000, batch_size=128, lr=1.5e-3)
 
 
 def train_tokenizer(path: Path):
@@ -910,7 +913,7 @@ def train_vit(sp, steps: int, batch_size: int, lr: float):
             near = (phrases @ patches.T).unflatten(1, (len(scenes), -1)).topk(4).values.mean(-1)  # (n, B)
             whole = u @ v.T  # (B, B)
         parts = torch.stack([n.float().mean(0) for n in near.split([len(s) + 1 for s in scenes])], 1)  # (B, B)
-        pairs, loss = torch.arange(len(scenes)), 0
+        pairs, loss = torch.arange(len(scenes)), torch.zeros(())
         for similar, scale in zip((whole.float(), parts), scales.exp().clamp(max=100)):
             loss = loss + (F.cross_entropy(scale * similar, pairs) + F.cross_entropy(scale * similar.T, pairs)) / 4
         optimizer.param_groups[0]["lr"] = rate = lr * schedule(step, steps)

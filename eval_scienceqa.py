@@ -121,7 +121,7 @@ def refuse_to_overwrite(out: Path):
         raise UserError(f"{name}: is there already and is no earlier evaluation; give another --out")
 
 
-def fingerprint(a, problems: list[dict]) -> str:
+def fingerprint(a: argparse.Namespace, problems: list[dict]) -> str:
     """A checksum of all that the answers depend on. Raises UserError if a picture cannot be read."""
     digest, pictures, bad = hashlib.sha256(f"{a.max_new_tokens}".encode()), Pictures(a.data), []
     for problem in problems:
@@ -156,7 +156,8 @@ def keep(path: Path, lines: list[str]):
         raise UserError(f"{path}: cannot be written ({error.strerror}); give another --out") from None
 
 
-def answer(a, problems: list[dict], rank: int, world: int, device) -> tuple[dict[str, str], str]:
+def answer(a: argparse.Namespace, problems: list[dict], rank: int, world: int,
+           device: torch.device) -> tuple[dict[str, str], str]:  # fmt: skip
     """The model's answers -> {id: text}, and what it was trained for and sees with. All processes take part.
 
     The split is cut into the same batches however many processes share them, so that they say the same.
@@ -238,7 +239,7 @@ def page(title: str, about: str, folder: Path, problems: list[dict], result: dic
                     count=sum(n in q["categories"] for q in questions)) for n in CATEGORIES]  # fmt: skip
     data = json.dumps(dict(columns=columns, questions=questions)).replace("<", "\\u003c")  # cannot close its element
     head, tail = PAGE.read_text(encoding="utf-8").split("{{data}}")
-    script = re.search(r"<script>(.*)</script>", tail, re.DOTALL)[1]
+    script = tail.partition("<script>")[2].partition("</script>")[0]
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()  # the browser runs no other script
     for mark, text in (("{{script}}", allowed), ("{{title}}", html.escape(title)), ("{{about}}", html.escape(about))):
         head = head.replace(mark, text)
@@ -248,7 +249,7 @@ def page(title: str, about: str, folder: Path, problems: list[dict], result: dic
 # --- the command
 
 
-def parse_arguments(argv=None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpForm)
     add = parser.add_argument
     add("--model", type=Path, metavar="RUN", default=Path("runs/scienceqa"), help="a run directory of stage 2")
@@ -278,7 +279,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return a
 
 
-def evaluate(a, rank: int, world: int, device):
+def evaluate(a: argparse.Namespace, rank: int, world: int, device: torch.device):
     if a.data is None:
         a.data = demo.FOLDER / "scienceqa"
         by_process_0(lambda: demo.prepare(demo.FOLDER), rank)

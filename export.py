@@ -61,7 +61,7 @@ CHAT_TEMPLATE = """\
 """
 
 
-def export(run, folder):
+def export(run: str | Path, folder: str | Path):
     """Writes the run as `transformers` reads it. Raises UserError if the folder is there or a package is not."""
     folder = Path(folder)
     if folder.exists():

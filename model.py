@@ -10,6 +10,7 @@ Shapes: B samples, N positions of the flat batch, dim model width, H query heads
 S positions of a shared prefix, P patches a picture of size² pixels, D width of the ViT, T length of one sample.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from conversation import IMAGE_ID
 from cpu import Linear
 from vision import VisionTransformer, normalize
 
-varlen_attn = None  # one kernel for the whole flat batch, on GPUs
+varlen_attn: Callable | None = None  # one kernel for the whole flat batch, on GPUs
 if torch.cuda.is_available():  # it brings 70 MB of modules, which no CPU needs
     with suppress(ImportError):
         from torch.nn.attention.varlen import varlen_attn
@@ -46,6 +47,10 @@ class LLaMAConfig:
         return self.dim // self.n_heads
 
 
+Attend = Callable[..., torch.Tensor]  # of one layer: q, k, v -> (N, H, hd)
+Prefix = list[tuple[torch.Tensor, torch.Tensor]]  # per layer k and v (S, K, hd)
+
+
 # --- LLaMA
 
 
@@ -55,7 +60,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x):  # (N, dim)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (N, dim)
         y = x.float()  # the mean of squares overflows fp16 and is coarse in bf16
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return y.to(x.dtype) * self.weight
@@ -83,7 +88,7 @@ class Attention(nn.Module):
         self.wv = Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
         self.wo = Linear(c.n_heads * c.head_dim, c.dim, bias=False)
 
-    def forward(self, x, rope, attend, wanted):  # (N, dim)
+    def forward(self, x: torch.Tensor, rope, attend, wanted) -> torch.Tensor:  # (N, dim)
         q = rotate(self.wq(x).unflatten(-1, (-1, self.head_dim)), *rope)  # (N, H, hd)
         k = rotate(self.wk(x).unflatten(-1, (-1, self.head_dim)), *rope)  # (N, K, hd)
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))  # (N, K, hd)
@@ -99,7 +104,7 @@ class FeedForward(nn.Module):
         self.w2 = Linear(c.ffn_dim, c.dim, bias=False)
         self.w3 = Linear(c.dim, c.ffn_dim, bias=False)
 
-    def forward(self, x):  # (N, dim)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (N, dim)
         return self.w2(F.silu(self.w1(x)) * self.w3(x))  # (N, dim), by way of (N, ffn_dim)
 
 
@@ -111,7 +116,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(c.dim, c.norm_eps)
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
 
-    def forward(self, x, rope, attend, wanted=slice(None)):  # (N, dim)
+    def forward(self, x: torch.Tensor, rope, attend, wanted=slice(None)) -> torch.Tensor:  # (N, dim)
         x = x[wanted] + self.attention(self.attention_norm(x), rope, attend, wanted)
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -126,7 +131,8 @@ class LLaMA(nn.Module):
         self.output = Linear(config.dim, config.vocab_size, bias=False)
         self.checkpoint_activations = False
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, attend, wanted=slice(None)) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, attend: list[Attend],
+                wanted: torch.Tensor | slice = slice(None)) -> torch.Tensor:  # fmt: skip
         """Embeddings x (N, dim) at `positions` (N,) of their samples -> hidden states (M, dim) before the last norm.
 
         wanted: (M,) int64, the positions whose hidden states are asked for (all: M = N). After the last attention no
@@ -151,7 +157,8 @@ class LLaMA(nn.Module):
 # --- attention over the flat batch, and over a cache
 
 
-def flat_attention(n_layers: int, cu_seqlens: torch.Tensor, prefix=None, keep: list | None = None) -> list:
+def flat_attention(n_layers: int, cu_seqlens: torch.Tensor, prefix: Prefix | None = None,
+                   keep: Prefix | None = None) -> list[Attend]:  # fmt: skip
     """Causal attention within each sample of a flat batch, for each of the LLaMA's n_layers: see `LLaMA.forward`.
 
     cu_seqlens: (B+1,) int32, the borders of the samples.
@@ -193,7 +200,7 @@ class KVCache:
 
     ROOM = 64  # positions by which the rows grow whenever the longest is full
 
-    def __init__(self, kept: list, cu_seqlens: torch.Tensor, prefix):
+    def __init__(self, kept: Prefix, cu_seqlens: torch.Tensor, prefix: Prefix | None):
         """kept: per layer k and v (N, K, hd) of the prompts, from `flat_attention`; prefix: its own, (S, K, hd)."""
         S = 0 if prefix is None else len(prefix[0][0])
         self.lengths = (S + cu_seqlens[1:] - cu_seqlens[:-1]).long()
@@ -206,13 +213,13 @@ class KVCache:
                 # (B, K, longest, hd): what a head reads at every step lies side by side, which is faster
                 row = t.new_zeros(B, t.shape[1], longest, t.shape[2])
                 for i, (a, b) in enumerate(zip(borders, borders[1:])):
-                    if S:
+                    if before is not None:
                         row[i, :, :S] = before.transpose(0, 1)
                     row[i, :, S : S + b - a] = t[a:b].transpose(0, 1)
                 rows.append(row)
             self.layers.append(rows)
 
-    def attention(self) -> list:
+    def attention(self) -> list[Attend]:
         """For every layer, the attention of one new position per sample, first written at each row's length."""
         longest = int(self.lengths.max()) + 1  # waits for the GPU: here, once for all layers
         here = torch.arange(len(self.lengths), device=self.lengths.device)  # (B,)
@@ -248,7 +255,7 @@ class Projection(nn.Module):
         self.weight = nn.Parameter(torch.randn(dim, vision_dim) / vision_dim**0.5)
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
-    def forward(self, Z_v):  # (..., D)
+    def forward(self, Z_v: torch.Tensor) -> torch.Tensor:  # (..., D)
         H_v = Z_v @ self.weight.T.to(Z_v.dtype)  # Eq. 1: H_v = W Z_v (features are rows here)
         return H_v if self.bias is None else H_v + self.bias.to(Z_v.dtype)  # (..., dim)
 
@@ -285,18 +292,19 @@ class LLaVA(nn.Module):
         # masked_scatter, not a write in place: with no picture it is the identity and W still gets its (zero) gradient.
         return x.masked_scatter(at_patch[:, None], H_v.to(x.dtype).flatten(0, 1))
 
-    def read_prefix(self, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def read_prefix(self, ids: torch.Tensor) -> Prefix:
         """Keys and values (S, K, hd) per layer of the text ids (S,) that every sample starts with.
 
         They are as constant as the LLaMA is: in stage 1 and in use they are computed once, in stage 2 once a batch.
         """
-        keep = []
+        keep: Prefix = []
         cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32, device=ids.device)
         attend = flat_attention(len(self.llama.layers), cu_seqlens, keep=keep)
         self.llama(self.llama.tok_embeddings(ids), positions(cu_seqlens), attend)
         return keep
 
-    def forward(self, ids, green, cu_seqlens, pixels, prefix=None):
+    def forward(self, ids: torch.Tensor, green: torch.Tensor, cu_seqlens: torch.Tensor, pixels: torch.Tensor,
+                prefix: Prefix | torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Eq. 3: the loss of the green tokens, as (sum of their negative log likelihoods, their count).
 
         ids (N,) int64 and green (N,) bool of the flat batch, cu_seqlens (B+1,) int32, pixels as in `embed`.
@@ -318,7 +326,9 @@ class LLaVA(nn.Module):
         return nll, torch.tensor(len(is_target), device=ids.device)
 
     @torch.no_grad()
-    def generate(self, ids, cu_seqlens, pixels, stop, max_new_tokens, prefix=None, temperature=0.0, top_p=1.0, seed=0):
+    def generate(self, ids: torch.Tensor, cu_seqlens: torch.Tensor, pixels: torch.Tensor, stop: Sequence[int],
+                 max_new_tokens: int, prefix: Prefix | None = None, temperature: float = 0.0, top_p: float = 1.0,
+                 seed: int = 0) -> Iterator[dict[int, int]]:  # fmt: skip
         """Answers B prompts at once, of any lengths, each until it says `stop`.
 
         ids, cu_seqlens, pixels: a flat batch of prompts, as for `forward`; prefix: from `read_prefix`.
@@ -352,7 +362,8 @@ class LLaVA(nn.Module):
             x = self.llama(x, cache.lengths, cache.attention())
             cache.lengths = cache.lengths + 1
 
-    def answers(self, ids, cu_seqlens, pixels, stop, max_new_tokens, **settings) -> list[list[int]]:
+    def answers(self, ids: torch.Tensor, cu_seqlens: torch.Tensor, pixels: torch.Tensor, stop: Sequence[int],
+                max_new_tokens: int, **settings) -> list[list[int]]:  # fmt: skip
         """All of `generate`: the new ids of each prompt, without <STOP>."""
         said = [[] for _ in range(len(cu_seqlens) - 1)]
         for step in self.generate(ids, cu_seqlens, pixels, stop, max_new_tokens, **settings):

@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -55,7 +56,7 @@ def start_processes() -> tuple[int, int, torch.device]:
         if "OMP_NUM_THREADS" not in os.environ:
             # One core is left to the workers and to what else runs: when threads outnumber the free cores, PyTorch's
             # wait for each other at every operation, and all becomes many times slower than with a thread less.
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     if "RANK" in os.environ:
         on_gpu = device if device.type == "cuda" else None
@@ -64,7 +65,7 @@ def start_processes() -> tuple[int, int, torch.device]:
     return rank, world, device
 
 
-def summed(*numbers: float, device) -> list[float]:
+def summed(*numbers: float, device: torch.device) -> list[float]:
     """Each number summed over all processes (float64: counts stay exact)."""
     total = torch.tensor(numbers, dtype=torch.float64, device=device)
     if dist.is_initialized():
@@ -76,12 +77,12 @@ def gathered(lines: list[str]) -> list[str]:
     """The lines of all processes, on all of them."""
     if not dist.is_initialized():
         return lines
-    parts = [None] * dist.get_world_size()
+    parts: list[list[str]] = [[]] * dist.get_world_size()
     dist.all_gather_object(parts, lines)
     return sum(parts, [])
 
 
-def by_process_0(do, rank: int) -> list[str]:
+def by_process_0(do: Callable, rank: int) -> list[str]:
     """The lines that do() returns, or the UserError that it raises, on all processes; process 0 alone calls it."""
     lines = []
     if rank == 0:
@@ -130,7 +131,7 @@ class Replicas:
     def __init__(self, model: LLaVA, device: torch.device, precision: str):
         self.model, self.device = model.to(device), device
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.run = model
+        self.run: torch.nn.Module = model
         if dist.is_initialized():  # all processes have loaded the same: nothing to send around at the start
             self.run = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
 
@@ -138,7 +139,7 @@ class Replicas:
         """The micro-batches of a step, each on the device; processes exchange gradients after the last alone."""
         for i, batch in enumerate(batches):
             last = i + 1 == len(batches)
-            with nullcontext() if last or self.run is self.model else self.run.no_sync():
+            with self.run.no_sync() if isinstance(self.run, DistributedDataParallel) and not last else nullcontext():
                 yield batch.to(self.device)
 
     def clip(self, limit: float) -> float:
@@ -179,7 +180,7 @@ class Shards(Replicas):
         What is called by itself in `LLaVA.forward` is a unit of its own; the ViT, frozen and small, stays whole. One
         unit after another goes to the device and is shared: the whole model is never there.
         """
-        self.model, self.run, self.step = model, model, None  # the step of the state that is on the disk
+        self.model, self.run, self.step = model, model, -1  # the step of the state that is on the disk
         self.device, mesh, llama = device, init_device_mesh(device.type, (dist.get_world_size(),)), model.llama
         as_is = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)  # the stream between blocks: fp32
         computing = as_is if precision == "fp32" else dataclasses.replace(as_is, param_dtype=torch.bfloat16)
@@ -282,7 +283,7 @@ class PlainReader(dcp.FileSystemReader):
             raise pickle.UnpicklingError(f"{module}.{name} has no place in a training state")
 
     def read_metadata(self, *args, **kwargs):
-        with open(self.path / ".metadata", "rb") as file:
+        with open(Path(self.path) / ".metadata", "rb") as file:
             metadata = self.Unpickler(file).load()
         if not all(re.fullmatch(r"[\w.]*\.distcp", place.relative_path) for place in metadata.storage_data.values()):
             raise pickle.UnpicklingError("it names a file that has no place in this folder")

@@ -59,7 +59,8 @@ def plan(c: LLaMAConfig, v: VisionConfig, stage: int, parallel: str, gpus: int, 
     return found
 
 
-def table(c: LLaMAConfig, v: VisionConfig, stages, gpus: int, memory: int, precision: str, tokens: int) -> str:
+def table(c: LLaMAConfig, v: VisionConfig, stages: list[int], gpus: int, memory: int, precision: str,
+          tokens: int) -> str:  # fmt: skip
     """memory: of a GPU, in GiB; the last column: the largest micro-batch (a power of two) that fits."""
     block, words, W, vit = sizes(c, v)
     lines = [

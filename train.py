@@ -30,6 +30,7 @@ import demo
 import plan
 from conversation import TEMPLATE, HelpForm, UserError, system_ids
 from data import SCIENCEQA_PROMPT, Encoder, Example, Examples, Pictures, ScienceQA, Steps, ask
+from model import LLaVA, Prefix
 from parallel import PARALLEL, by_process_0, from_outside, gathered, leave, start_processes, summed
 from vision import FEATURE_LAYER, PREPROCESSING
 
@@ -51,7 +52,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> fl
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def parse_arguments(argv=None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     def paper(name):
         return "default: " + ", ".join(f"{run} {how[name]}" for run, how in PAPER.items()) + "; in the demo its own"
 
@@ -173,7 +174,7 @@ def leave_signals_to_parent(worker: int):
 # --- the run
 
 
-def settings_of(a) -> dict:
+def settings_of(a: argparse.Namespace) -> dict:
     """Every flag as JSON keeps it; paths are absolute, so that another way to write one is no other setting."""
     settings = {k: v for k, v in vars(a).items() if k not in ("resume", "out", "plan", "gpus", "gpu_memory")}
     for name in ("llama", "llama_base", "vision", "projector", "init_from", "images"):
@@ -211,7 +212,7 @@ def lock(out: Path):
     return file
 
 
-def enter_run(a, config: dict, rank: int) -> dict | None:
+def enter_run(a: argparse.Namespace, config: dict, rank: int) -> dict | None:
     """Begins the run directory, or re-enters it: then returns the state to go on from.
 
     A directory begun with other settings is refused, so that no run goes on as something that it is not; and so is a
@@ -262,13 +263,13 @@ def note(path: Path, **line):
         raise checkpoint.unwritten(path, error) from None
 
 
-def sit_exam(name: str, model, encode: Encoder, prefix, shift=0) -> list[str]:
+def sit_exam(name: str, model: LLaVA, encode: Encoder, prefix: Prefix | None, shift: int = 0) -> list[str]:
     """The model's answers to what the demo asks about its held-out scenes."""
     prompts = [Example(image, [text], image) for text, image in demo.exam(name, shift)]
     return ask(model, encode, prompts, prefix, max_new_tokens=64)
 
 
-def start_model(a, dtype: torch.dtype):
+def start_model(a: argparse.Namespace, dtype: torch.dtype) -> tuple[LLaVA, Path, dict[str, str]]:
     """The model that training starts from, its tokenizer.model, and where its LLaMA and ViT came from.
 
     What is frozen is held in the compute dtype, what trains in fp32 (fsdp: where it is shared; until then as it is).
@@ -290,7 +291,7 @@ def start_model(a, dtype: torch.dtype):
     return model, Path(llama) / "tokenizer.model", {name: str(Path(path).resolve()) for name, path in origin.items()}
 
 
-def train(a, rank: int, world: int, device: torch.device):
+def train(a: argparse.Namespace, rank: int, world: int, device: torch.device):
     say = print if rank == 0 else (lambda *_: None)
     settings_begun(a.out)  # a wrong --out is told before anything is read
     if a.demo:
@@ -475,7 +476,7 @@ def train(a, rank: int, world: int, device: torch.device):
         dist.barrier()  # the processes end together: none takes down connections that another still uses
 
 
-def print_plan(a):
+def print_plan(a: argparse.Namespace):
     for name in ("gpus", "gpu_memory", "micro_batch_tokens"):
         if getattr(a, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be 1 or more")

@@ -10,6 +10,7 @@ Shapes: B pictures, `size` pixels a side, P patches = (size / patch)², D width,
 import io
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -103,7 +104,7 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = Linear(width, width)
 
-    def forward(self, x):  # (B, P+1, D)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, P+1, D)
         B, T, D = x.shape
         qkv = linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, P+1, 3D)
         q, k, v = qkv.view(B, T, 3, D // HEAD_DIM, HEAD_DIM).permute(2, 0, 3, 1, 4)  # 3 x (B, H, P+1, 64)
@@ -117,7 +118,7 @@ class MLP(nn.Module):
         self.c_fc = Linear(width, 4 * width)
         self.c_proj = Linear(4 * width, width)
 
-    def forward(self, x):  # (B, P+1, D)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, P+1, D)
         x = self.c_fc(x)  # (B, P+1, 4D)
         return self.c_proj(x * torch.sigmoid(1.702 * x))  # (B, P+1, D), through QuickGELU, CLIP's own
 
@@ -130,7 +131,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width)
 
-    def forward(self, x):  # (B, P+1, D)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, P+1, D)
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
@@ -148,7 +149,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(config.n_patches + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = nn.Module()  # only to name its blocks as OpenAI does
+        self.transformer: Any = nn.Module()  # only to name its blocks as OpenAI does
         self.transformer.resblocks = nn.ModuleList(Block(width) for _ in range(n_blocks))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:

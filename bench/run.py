@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
 
@@ -86,8 +87,9 @@ def work(kind: str, n: int, length: int = 0) -> tuple[torch.Tensor, list, torch.
     """
     dice = torch.Generator().manual_seed(len(kind))
     system = text(SYSTEM, dice)
-    draw = {"stage 1": caption, "stage 2": functools.partial(conversation, n=length), "answers": prompt}[kind]
-    samples = [draw(dice, system) for _ in range(n)]
+    draws: dict[str, Callable] = {"stage 1": caption, "stage 2": functools.partial(conversation, n=length),
+                                  "answers": prompt}  # fmt: skip
+    samples = [draws[kind](dice, system) for _ in range(n)]
     return system, samples, torch.randint(0, 256, (n, 3, 224, 224), dtype=torch.uint8, generator=dice)
 
 
@@ -253,6 +255,7 @@ class Side:
     def __call__(self) -> tuple[float, float]:
         """-> seconds of one piece of the work, peak bytes so far."""
         print(file=self.process.stdin, flush=True)
+        assert self.process.stdout is not None
         seconds, peak = self.process.stdout.readline().split()
         return float(seconds), float(peak)
 
