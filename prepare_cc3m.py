@@ -142,11 +142,11 @@ def in_tars(paths: list[Path]):
         return UserError(f"{path}: damaged, or no uncompressed tar ({visible(str(error))[:200]}); get it anew or move "
                          "it away")  # fmt: skip
 
-    def read(member):
+    def read(member: tarfile.TarInfo) -> bytes:
         try:
             if member.size > MAX_BYTES:
                 raise OSError(f"{member.name} has {member.size} bytes, over the limit of {MAX_BYTES}")
-            return tar.extractfile(member).read()
+            return tar.extractfile(member).read()  # type: ignore[union-attr]  # of a file: never None
         except (tarfile.TarError, OSError) as error:
             raise damaged(error) from None
 

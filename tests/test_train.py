@@ -555,7 +555,7 @@ def test_an_error_in_the_middle_of_a_run_harms_nothing_written_and_is_one_line(i
     "arguments, message",
     [
         (["--data", "x.json"], "--llama and --vision missing"),
-        (["--images", "x"], "--images and --projector go with"),
+        (["--images", "x"], "--images, --projector and --llama-base go with"),
         (["--batch-size", "0"], "--batch-size 0: must be 1 or more"),
         (["--lr", "-1"], "--lr -1.0: must be a number, 0 or more"),
         (["--warmup-ratio", "2"], "--warmup-ratio 2.0: must lie in 0..1"),
