@@ -15,9 +15,11 @@ it: SentencePiece reports which characters each piece covers, and a piece is gre
 
     python conversation.py                                   # a sample of the demo, green in green
     python conversation.py --data chat.json --index 7        # any sample of any data set that train.py reads
+    python conversation.py --html page.html --index 0-9      # ten of them as a page, with their pictures
 """
 
 import argparse
+import html
 import os
 import re
 import signal
@@ -175,41 +177,130 @@ def readable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)  # all but \t and \n
 
 
-def show(sp: SentencePieceProcessor, ids: np.ndarray, green: np.ndarray, colour: bool = True) -> str:
-    """A sample as Table 2, read back from its ids: green in green (without colour, in ⟦brackets⟧)."""
-    kinds = np.where(ids == IMAGE_ID, 2, green)  # 0 read, 1 green, 2 picture
+def stretches(sp: SentencePieceProcessor, ids: np.ndarray, green: np.ndarray) -> Iterator[tuple[str, int, str]]:
+    """A sample read back from its ids -> (kind, positions, text) of each stretch; a picture's text is empty."""
+    kinds = np.where(ids == IMAGE_ID, 2, green)
     starts = np.flatnonzero(np.diff(kinds, prepend=-1))
-    text = "<s>"
     for start, stop in zip(starts, [*starts[1:], len(ids)]):
-        if kinds[start] == 2:
-            mark = f"[picture: {stop - start} patches]"
+        yield ("read", "green", "picture")[kinds[start]], stop - start, readable(surface(sp, ids[start:stop]))
+
+
+def counts(ids: np.ndarray, green: np.ndarray) -> str:
+    patches = int((ids == IMAGE_ID).sum())
+    return f"{len(ids)} positions: {patches} patches, {len(ids) - patches} text, {int(green.sum())} green"
+
+
+def show(sp: SentencePieceProcessor, ids: np.ndarray, green: np.ndarray, colour: bool = True) -> str:
+    """A sample as Table 2: green in green (without colour, in ⟦brackets⟧)."""
+    text = "<s>"
+    for kind, n, words in stretches(sp, ids, green):
+        if kind == "picture":
+            mark = f"[picture: {n} patches]"
             text += f"\033[7m{mark}\033[0m" if colour else mark
-        elif kinds[start] == 1:
-            words = readable(surface(sp, ids[start:stop]))
+        elif kind == "green":
             text += f"\033[1;32m{words}\033[0m" if colour else f"⟦{words}⟧"
         else:
-            text += readable(surface(sp, ids[start:stop]))
-    patches = int((kinds == 2).sum())
-    return f"{text}\n\n{len(ids)} positions: {patches} patches, {len(ids) - patches} text, {int(green.sum())} green"
+            text += words
+    return f"{text}\n\n{counts(ids, green)}"
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>Table 2</title>
+<style>
+:root { color-scheme: light dark; --ground: #f5f6f8; --card: #fff; --ink: #1c2430; --soft: #5f6b7a; --line: #dfe3e8;
+        --green: #13693d; --pale: #e3f4ea; }
+@media (prefers-color-scheme: dark) { :root { --ground: #14181d; --card: #1d232a; --ink: #e3e8ee; --soft: #98a4b3;
+        --line: #333c46; --green: #6fdca5; --pale: #173526; } }
+body { margin: 0 auto; max-width: 50rem; padding: 1.5rem 1rem 4rem; background: var(--ground); color: var(--ink);
+       font: 16px/1.55 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.4rem; margin: 0; }
+h2 { font-size: 1rem; margin: 0; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 1rem 0; padding: 1rem; }
+.sample { color: var(--soft); white-space: pre-wrap; margin: .6rem 0; }
+.green { color: var(--green); background: var(--pale); font-weight: 600; border-radius: 3px; }
+figure { display: inline-block; vertical-align: middle; margin: .3rem 0; padding: .4rem; border: 1px solid var(--line);
+         border-radius: 6px; font-size: .85rem; white-space: normal; }
+img { display: block; min-width: 8rem; max-width: 100%; border-radius: 4px; }
+.about, .counts { margin: 0; color: var(--soft); font-size: .9rem; }
+</style>
+<h1>Table 2</h1>
+<p class="about"><span class="green">Green</span> is what the model learns to say; the rest it only reads.</p>
+"""
+
+
+def as_html(sp: SentencePieceProcessor, ids: np.ndarray, green: np.ndarray, title: str, link: str | None) -> str:
+    """A sample as Table 2, for a page that starts with PAGE. link: to its picture, if that is to be seen."""
+    text = "&lt;s&gt;"
+    for kind, n, words in stretches(sp, ids, green):
+        if kind == "picture":
+            picture = f'<img alt="" src="{link}">' if link else ""
+            text += f"<figure>{picture}<figcaption>picture: {n} patches</figcaption></figure>"
+        else:
+            text += f'<span class="{kind}">{html.escape(words)}</span>'
+    return (f'<section>\n<h2>{html.escape(title)}</h2>\n<div class="sample">{text}</div>\n'
+            f'<p class="counts">{counts(ids, green)}</p>\n</section>\n')  # fmt: skip
+
+
+def numbers(text: str) -> range:
+    """`7` -> 7; `3-5` -> 3, 4, 5"""
+    first, _, last = text.partition("-")
+    try:
+        found = range(int(first), int(last or first) + 1)
+    except ValueError:
+        found = range(0)
+    if not found:
+        raise UserError(f"--index {visible(text)[:50]}: must be a number from 0, or a range of them such as 3-5")
+    return found
 
 
 def main():
-    import data  # imports this file
+    import checkpoint  # these import this file
+    import data
+    from vision import as_link, open_picture
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpForm)
     data.add_data_arguments(parser)
-    parser.add_argument("--index", type=int, default=0, help="which sample, from 0")
+    parser.add_argument("--index", type=numbers, nargs="+", metavar="I",
+        help="which samples, from 0: numbers, and ranges such as 3-5 (default: 0)")  # fmt: skip
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write them as a page instead, with their pictures")
     arguments = parser.parse_args()
+    arguments.index = arguments.index or [range(1)]
+    if arguments.html and arguments.html.suffix not in (".html", ".htm"):
+        raise UserError(f"--html {arguments.html}: must name a file that ends in .html")
+    if arguments.images and not arguments.html:
+        raise UserError("--images: a terminal shows no pictures; add --html FILE")
     sp, examples, n_patches = data.open_for_display(arguments)
-    if not 0 <= arguments.index < len(examples):
-        raise UserError(f"--index {arguments.index}: the data has samples 0 to {len(examples) - 1}")
-    example = examples[arguments.index]
-    ids, green = tokenize(sp, example.turns, n_patches if example.image else 0)
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a character that the terminal cannot show does not end it
+    pictures = data.pictures_for_display(arguments, examples) if arguments.html else None
+    for wanted in arguments.index:
+        if wanted[-1] >= len(examples):
+            raise UserError(f"--index {wanted[-1]}: the data has samples 0 to {len(examples) - 1}")
+    page = PAGE
+    # A character that the terminal cannot show does not end it.
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, as any Unix command, without a word
-    print(readable(f"sample {example.id}, " + (f"picture {example.image}" if example.image else "no picture")) + "\n")
-    print(show(sp, ids, green, colour="NO_COLOR" not in os.environ))
+    for i, example in enumerate(examples[i] for wanted in arguments.index for i in wanted):
+        ids, green = tokenize(sp, example.turns, n_patches if example.image else 0)
+        title = readable(f"sample {example.id}, " + (f"picture {example.image}" if example.image else "no picture"))
+        if not arguments.html:
+            print("\n\n" * (i > 0) + title + "\n")
+            print(show(sp, ids, green, colour="NO_COLOR" not in os.environ))
+            continue
+        link = None
+        if example.image and pictures:
+            try:
+                link = as_link(open_picture(pictures.read(example.image)))
+            except ValueError as error:
+                title += f" ({readable(str(error))})"
+        page += as_html(sp, ids, green, title, link)
+    if arguments.html:
+        with checkpoint.replacing(arguments.html) as file:
+            file.write(page.encode(errors="replace"))  # half a character, which JSON can spell
+        print(f"{arguments.html} is written")
 
 
 if __name__ == "__main__":

@@ -625,6 +625,7 @@ def add_data_arguments(parser: argparse.ArgumentParser):
     """The flags by which conversation.py finds data and a tokenizer; none of them: the demo."""
     parser.add_argument("--data", nargs="+", metavar="PATH", help="LLaVA JSON, captions, or a ScienceQA folder "
                         "(default: the demo's captions)")  # fmt: skip
+    parser.add_argument("--images", metavar="PATH", help="folder or zip of the data's pictures, for --html")
     parser.add_argument("--split", default="train", help="of a ScienceQA folder: a name in its pid_splits.json")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model of a LLaMA (default: the demo's)")
     parser.add_argument("--patches", type=int, help="positions that a picture takes (default: the demo's; 256 "
@@ -645,3 +646,12 @@ def open_for_display(arguments: argparse.Namespace) -> tuple[SentencePieceProces
         return sp, Examples(arguments.data, split=arguments.split, absent="keep"), n_patches
     demo.prepare(demo.FOLDER)
     return sp, Examples([demo.FOLDER / "captions.json"]), n_patches
+
+
+def pictures_for_display(arguments, examples: Examples) -> Pictures | None:
+    """The pictures of what `open_for_display` opened; None if no flag says where they are."""
+    import demo
+
+    if arguments.images or not arguments.data:
+        return Pictures(arguments.images or demo.FOLDER / "images")
+    return Pictures(arguments.data[0]) if isinstance(examples.parts[0], ScienceQA) else None

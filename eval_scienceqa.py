@@ -13,7 +13,6 @@ import base64
 import contextlib
 import hashlib
 import html
-import io
 import json
 import re
 import signal
@@ -22,7 +21,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 from tqdm import tqdm
 
 import checkpoint
@@ -30,7 +28,7 @@ import demo
 from conversation import TEMPLATE, HelpForm, UserError, system_ids, tokenize
 from data import LETTERS, SCIENCEQA_PROMPT, Encoder, Example, Pictures, ScienceQA, ask, scienceqa_question
 from parallel import by_process_0, gathered, leave, start_processes
-from vision import open_picture
+from vision import as_link, open_picture
 
 CATEGORIES = {  # the columns of the paper's table; a question stands in several
     "NAT": "natural science", "SOC": "social science", "LAN": "language science",
@@ -38,7 +36,6 @@ CATEGORIES = {  # the columns of the paper's table; a question stands in several
     "G1-6": "grades 1 to 6", "G7-12": "grades 7 to 12", "Avg": "all questions",
 }  # fmt: skip
 PAGE = Path(__file__).parent / "report.html"
-PAGE_PICTURE = 320  # pixels of the longer side, at most, of a picture on the page
 NO_LIMIT = 10**9  # of positions: a question is never cut
 TRAINED_BY = "torchrun train.py --stage 2 --task scienceqa"
 
@@ -215,15 +212,11 @@ def answer(a: argparse.Namespace, problems: list[dict], rank: int, world: int,
 
 
 def picture_uri(path: Path) -> str | None:
-    """A picture, shrunk if it is large, as the text of a link to itself; None if it cannot be read."""
+    """A picture as the text of a link to itself; None if it cannot be read."""
     try:
-        image = open_picture(path.read_bytes())
+        return as_link(open_picture(path.read_bytes()))
     except (OSError, ValueError):
         return None
-    image.thumbnail((PAGE_PICTURE, PAGE_PICTURE), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    image.save(file, "WEBP", quality=80, lossless=max(image.size) < 100)
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def page(title: str, about: str, folder: Path, problems: list[dict], result: dict) -> str:

@@ -7,6 +7,7 @@ parameter names of OpenAI's release. It is always frozen here; LLaVA reads the g
 Shapes: B pictures, `size` pixels a side, P patches = (size / patch)², D width, H heads.
 """
 
+import base64
 import io
 import warnings
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ PREPROCESSING = "CLIP's: shorter side by bicubic, centre crop, mean and deviatio
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's normalisation, per channel of RGB in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # what Pillow may try: none of them runs a program
+PAGE_PICTURE = 320  # pixels of the longer side, at most, of a picture on a page
 MAX_PIXELS = 100_000_000  # of a source picture, or of it resized: beyond, it is taken for a decompression bomb
 
 
@@ -67,6 +69,14 @@ def open_picture(data: bytes) -> Image.Image:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds: SyntaxError, EOFError, struct.error, ...
         raise ValueError(f"not a readable picture ({type(error).__name__}: {str(error)[:100]})") from None
+
+
+def as_link(image: Image.Image) -> str:
+    """A picture, shrunk if it is large, as the text of a link to itself: for a page that is whole in one file."""
+    image.thumbnail((PAGE_PICTURE, PAGE_PICTURE), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=80, lossless=max(image.size) < 100)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def preprocess(image: Image.Image, size: int) -> torch.Tensor:

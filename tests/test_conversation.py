@@ -1,5 +1,7 @@
 """conversation.py: the wire format, and that no message, however hostile, moves the green mask."""
 
+import base64
+import html.parser
 import io
 import json
 import random
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from conftest import ROOT
+from PIL import Image
 
 from conversation import (IMAGE, IMAGE_ID, SYSTEM, UserError, load_tokenizer, plain, render, show, split_at_picture,
                           stop_ids, surface, system_ids, tokenize)  # fmt: skip
@@ -265,6 +268,97 @@ def test_command_into_head(command, tmp_path):
     line = f"{sys.executable} conversation.py {paths} | head -1"
     done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("sample long, no picture\n", "")
+
+
+def test_several_samples_are_printed_one_after_the_other(command):
+    one, two = (command("--index", i).stdout for i in ("0", "1"))
+    assert command("--index", "1", "0").stdout == f"{two}\n\n{one}"
+    assert command("--index", "0-1").stdout == f"{one}\n\n{two}"
+    assert command().stdout == one
+
+
+class Elements(html.parser.HTMLParser):
+    """What a page is made of: (tag, attributes) as they come, and (class or tag, text) of each text."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.texts, self.open = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "img"):
+            self.open.append((tag, dict(attributes).get("class", tag)))
+
+    def handle_endtag(self, tag):
+        while self.open.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data):
+        self.texts.append((self.open[-1][1] if self.open else "", data))
+
+
+def test_a_page_has_the_texts_of_the_terminal_and_the_picture_in_its_place(command, tmp_path):
+    Image.linear_gradient("L").resize((800, 400)).save(tmp_path / "a.jpg")
+    done = command("--index", "1", "0", "--html", tmp_path / "page.html", "--images", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and "page.html is written" in done.stdout
+    page = Elements((tmp_path / "page.html").read_text())
+    titles = [text for kind, text in page.texts if kind == "h2"]
+    assert titles == ["sample picture, picture a.jpg", "sample text, no picture"]
+    assert [text for kind, text in page.texts if kind == "green"] == ["Green", " A cat.\n###", " So.\n###"]
+    parts = [(kind, text) for kind, text in page.texts if kind in ("read", "green", "figcaption")]
+    assert parts[1] == ("read", f" {SYSTEM}\n\n### Human: ") and parts[2] == ("figcaption", "picture: 4 patches")
+    assert parts[3] == ("read", " \nWhat?\n### Assistant:") and parts[4] == ("green", " A cat.\n###")
+    counts = [text for kind, text in page.texts if kind == "counts"]
+    assert counts == [command("--index", i).stdout.splitlines()[-1] for i in ("1", "0")]
+    [link] = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    picture = Image.open(io.BytesIO(base64.b64decode(link.removeprefix("data:image/webp;base64,"))))
+    assert picture.size == (320, 160)
+
+
+def test_a_page_without_its_pictures_says_so(command, tmp_path):
+    for name, content, reason in (("none", b"", None), ("absent", b"", "it is not there"),
+                                  ("broken", b"x", "not a readable")):  # fmt: skip
+        folder = tmp_path / name
+        folder.mkdir()
+        if content:
+            (folder / "a.jpg").write_bytes(content)
+        images = ("--images", folder) if reason else ()
+        assert command("--index", "1", "--html", tmp_path / "page.html", *images).returncode == 0
+        page = Elements((tmp_path / "page.html").read_text())
+        assert "img" not in dict(page.tags) and ("figcaption", "picture: 4 patches") in page.texts
+        [title] = [text for kind, text in page.texts if kind == "h2"]
+        assert (reason in title) if reason else title == "sample picture, picture a.jpg"
+
+
+def test_nothing_in_the_data_is_more_than_text_on_a_page(command, tmp_path):
+    hostile = '</span><script>alert(1)</script><img src="http://127.0.0.1/" onerror=x>&amp;"\'\033[31m\ud83d'
+    turns = [{"from": "human", "value": f"<image>\n{hostile}"}, {"from": "gpt", "value": hostile}]
+    sample = {"id": hostile, "image": f"{hostile}.png", "conversations": turns}
+    (tmp_path / "hostile.json").write_text(json.dumps([sample]))
+    done = command("--html", tmp_path / "page.html", "--images", tmp_path, data="hostile.json")
+    assert (done.returncode, done.stderr) == (0, "")
+    page = Elements((tmp_path / "page.html").read_text())
+    tags = "html meta title style h1 p span section h2 div figure figcaption"
+    assert {tag for tag, _ in page.tags} <= set(tags.split())
+    shown = hostile.replace("\033", "\ufffd").replace("\ud83d", "\ufffd")
+    assert ("green", f" {shown}\n###") in page.texts and ("read", f" \n{shown}\n### Assistant:") in page.texts
+    for tag, attributes in page.tags:
+        assert not {"onerror", "src", "href"} & set(attributes)
+
+
+@pytest.mark.parametrize("flags, error", [
+    (("--index", "-1"), "--index -1: must be a number from 0"), (("--index", "5-3"), "--index 5-3: must be"),
+    (("--index", "0", "x\n"), "--index x\ufffd: must be"),
+    (("--index", "0-2"), "--index 2: the data has samples 0 to 1"),
+    (("--images", "."), "--images: a terminal shows no pictures"),
+    (("--html", "chat.json"), "--html chat.json: must name a file that ends in .html"),
+    (("--html", "page.html", "--images", "nowhere"), "nowhere: no such folder or zip"),
+])  # fmt: skip
+def test_flags_that_make_no_sense_are_refused_in_one_line(command, flags, error):
+    done = command(*flags)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and error in done.stderr
 
 
 @pytest.mark.parametrize("data, index, error", [
