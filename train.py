@@ -28,6 +28,7 @@ from tqdm import tqdm
 import checkpoint
 import demo
 import plan
+import plots
 from conversation import TEMPLATE, HelpForm, UserError, system_ids
 from data import SCIENCEQA_PROMPT, Encoder, Example, Examples, Pictures, ScienceQA, Steps, ask
 from model import LLaVA, Prefix
@@ -41,7 +42,7 @@ PAPER = {  # section 4.2: what each run of the paper uses
 }
 MAX_GRAD_NORM = 1.0
 MAY_CHANGE = {"workers", "log_every", "save_every", "micro_batch_tokens", "images", "max_length", "max_bad_samples",
-              "max_bad_steps"}  # on resuming  # fmt: skip
+              "max_bad_steps", "tensorboard"}  # on resuming  # fmt: skip
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> float:
@@ -96,6 +97,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-bad-samples", type=int, default=0, help="so many times a sample that cannot be read is left out")
     add("--max-bad-steps", type=int, default=0, help="so many steps whose loss is no number are left out")
     add("--log-every", type=int, default=1, help="steps between lines of metrics.jsonl")
+    add("--tensorboard", action="store_true", help="these lines also as RUN/tensorboard (pip install tensorboard)")
     add("--workers", type=int, default=2, help="processes that decode pictures; 0 = the main process does")
     add = parser.add_argument_group("nothing run, but counted").add_argument
     add("--plan", action="store_true", help="print what each GPU would hold of --llama (and --vision; default: "
@@ -147,6 +149,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--parallel fsdp: shares the model between processes; start it by torchrun")
     if not 0 <= a.warmup_ratio <= 1:
         raise UserError(f"--warmup-ratio {a.warmup_ratio}: must lie in 0..1")
+    if a.tensorboard:
+        try:
+            from torch.utils import tensorboard  # noqa: F401
+        except ImportError:
+            raise UserError("--tensorboard: needs a package that is missing: pip install tensorboard") from None
     return a
 
 
@@ -235,7 +242,8 @@ def enter_run(a: argparse.Namespace, config: dict, rank: int) -> dict | None:
     if rank == 0:
         try:
             shutil.rmtree(a.out / "state", ignore_errors=True)
-            for name in ("projector.pth", "exam.json", "bad_steps.jsonl"):  # the run is not usable until it has its own
+            # The run is not usable until it has its own.
+            for name in ("projector.pth", "exam.json", "bad_steps.jsonl", "loss.png"):
                 (a.out / name).unlink(missing_ok=True)
             checkpoint.write_json(a.out / "config.json", config)
             (a.out / "metrics.jsonl").write_text("")
@@ -254,11 +262,26 @@ def keep_metrics(path: Path, step: int):
         file.write("".join(kept).encode())
 
 
-def note(path: Path, **line):
-    """Adds a line of JSON."""
+def open_board(folder: Path, step: int):
+    """A writer of TensorBoard's files, which hides what older ones hold of later steps than this."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    try:
+        return SummaryWriter(folder, purge_step=step + 1)
+    except OSError as error:
+        raise checkpoint.unwritten(folder, error) from None
+
+
+def note(path: Path, board=None, **line):
+    """Adds a line of JSON, and its numbers to TensorBoard's files if there is a board."""
     try:
         with open(path, "a") as file:
             print(json.dumps(line), file=file)
+        if board:
+            for name in line.keys() - {"step"}:
+                if line[name] is not None:
+                    board.add_scalar(name, line[name], line["step"])
+            board.flush()
     except OSError as error:
         raise checkpoint.unwritten(path, error) from None
 
@@ -380,6 +403,7 @@ def train(a: argparse.Namespace, rank: int, world: int, device: torch.device):
         say(f"{a.out}: goes on after step {start} of {total}")
     if rank == 0:
         keep_metrics(a.out / "metrics.jsonl", start)
+    board = open_board(a.out / "tensorboard", start) if a.tensorboard and rank == 0 else None
 
     def save(step, for_use=True):
         """The state to go on from, and unless training just goes on, what evaluation and chat use."""
@@ -447,7 +471,7 @@ def train(a: argparse.Namespace, rank: int, world: int, device: torch.device):
         bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{tokens / (now - began):,.0f}", refresh=False)
         bar.update()
         if rank == 0 and (t % a.log_every == 0 or t == total):
-            note(a.out / "metrics.jsonl", step=t, loss=loss if finite else None, lr=lr,
+            note(a.out / "metrics.jsonl", board, step=t, loss=loss if finite else None, lr=lr,
                  grad_norm=grad_norm if finite else None, green_tokens=int(green), tokens=int(tokens),
                  seconds=round(now - began, 4))  # fmt: skip
         began = now
@@ -462,6 +486,9 @@ def train(a: argparse.Namespace, rank: int, world: int, device: torch.device):
     unsaved = t and (saved != t or checkpoint.lacks(a.out, a.stage))  # else nothing has been learnt since
     if summed(rank == 0 and bool(unsaved), device=device)[0]:
         save(t)
+    if rank == 0:
+        with suppress(Exception):  # no picture is a reason to fail
+            plots.loss_curves(a.out)
     if t < total:
         say(f"stopped after step {t} of {total}; the same command goes on from there ({a.out})")
         raise SystemExit(128 + (interrupt.asked or signal.SIGTERM))

@@ -568,6 +568,59 @@ def test_wrong_flags_are_refused_in_one_line(arguments, message):
         train.parse_arguments(["--stage", "1", *arguments])
 
 
+# --- to be looked at
+
+
+def test_a_run_leaves_its_curves_and_none_fails_for_them(inputs, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    arguments = flags(inputs, tmp_path, max_steps=2)
+    in_process(arguments)
+    assert Image.open(tmp_path / "loss.png").format == "PNG"
+    for wrong in (ImportError("no matplotlib"), UserError("a full disk"), RuntimeError("a font")):
+
+        def fail(run):
+            raise wrong  # noqa: B023
+
+        monkeypatch.setattr(train.plots, "loss_curves", fail)
+        in_process([*arguments, "--no-resume"])
+        assert not (tmp_path / "loss.png").exists()  # nor the curves of what was there before
+        assert len(metrics(tmp_path)) == 2 and (tmp_path / "projector.pth").is_file()
+
+
+def test_tensorboard_has_each_step_once_also_after_a_run_was_killed(inputs, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = flags(inputs, tmp_path, save_every=2, epochs=2) + ["--tensorboard"]
+    in_process(arguments)  # 8 steps
+    state = checkpoint.load_state(tmp_path)
+    assert state["step"] == 8
+    checkpoint.save_state(tmp_path, state, 5)  # as if killed after it had noted steps 6 to 8
+    in_process(arguments)
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    board, lines = EventAccumulator(str(tmp_path / "tensorboard")), metrics(tmp_path)
+    board.Reload()
+    assert sorted(board.Tags()["scalars"]) == sorted(lines[0].keys() - {"step"})
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    for name in board.Tags()["scalars"]:
+        got = [(event.step, event.value) for event in board.Scalars(name)]
+        assert got == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines], name
+    in_process([a for a in arguments if a != "--tensorboard"])  # it may change
+    in_process([*arguments, "--no-resume", "--max-steps", "1"])
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == [1]  # nothing of the run before
+
+
+def test_tensorboard_is_missed_before_anything_is_computed(inputs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.delattr(torch.utils, "tensorboard", raising=False)
+    with pytest.raises(UserError, match="--tensorboard: .*pip install tensorboard"):
+        in_process([*flags(inputs, tmp_path / "run"), "--tensorboard"])
+    assert not (tmp_path / "run").exists()
+
+
 # --- many processes, faults
 
 
