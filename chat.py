@@ -2,12 +2,15 @@
 
     python chat.py --image PICTURE                             # runs/chat, in the terminal
     python chat.py --image PICTURE --prompt "What is this?"    # one answer, and nothing else, on stdout
+    python chat.py --web                                       # a page in the browser of this machine
 
 Each question is asked with the whole conversation before it, in the template that the run was trained with.
 """
 
 import argparse
 import contextlib
+import copy
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,16 +67,19 @@ class Chat:
         borders = torch.tensor([0, len(ids)], dtype=torch.int32, device=self.device)
         tokens = self.model.generate(ids, borders, self.pixels, stop_ids(self.sp), prefix=self.prefix, **self.settings)
         try:
-            with self.autocast:
-                for step in tokens:
-                    said.append(step[0])
-                    answer, stop, _ = readable(surface(self.sp, said)).lstrip().partition(STOP)
-                    new = answer.rstrip("# \n\t\ufffd")[len(shown) :]  # not yet: half a character, half of <STOP>
-                    shown += new
-                    if new:
-                        yield new
-                    if stop:
-                        break
+            while True:
+                with self.autocast:  # is a thread's own, and who asks may go on in another one
+                    step = next(tokens, None)
+                if step is None:
+                    break
+                said.append(step[0])
+                answer, stop, _ = readable(surface(self.sp, said)).lstrip().partition(STOP)
+                new = answer.rstrip("# \n\t\ufffd")[len(shown) :]  # not yet: half a character, half of <STOP>
+                shown += new
+                if new:
+                    yield new
+                if stop:
+                    break
         finally:
             if answer.strip():
                 self.turns = [*turns, answer.strip()]
@@ -138,12 +144,67 @@ def talk(chat: Chat):
             note(f"error: {error}")
 
 
+def open_gradio():
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    with contextlib.suppress(ImportError):
+        import gradio
+
+        if int(gradio.__version__.partition(".")[0]) >= 6:
+            return gradio
+    raise UserError('--web: the page is made by gradio 6 or later, which is missing: pip install "gradio>=6"')
+
+
+def serve(chat: Chat, gradio):
+    """A page for browsers of this machine alone. Each has a conversation of its own; one is answered at a time."""
+
+    def begin(picture: str | None) -> Chat:
+        talker = copy.copy(chat)  # of the same model
+        try:
+            talker.look(picture and Path(picture))
+        except UserError as error:
+            text = str(error).removeprefix(f"{Path(picture).parent}/")
+            raise gradio.Error(text, print_exception=False) from None
+        return talker
+
+    def look(picture):
+        begin(picture)
+        return picture and open_picture(Path(picture).read_bytes()), [], []
+
+    def answer(question, turns, picture):
+        talker, said = begin(picture), ""
+        talker.turns = turns
+        if not question.strip():
+            yield gradio.skip()
+            return
+        for piece in talker.ask(question):
+            said += piece
+            shown = [text.removeprefix(f"{IMAGE}\n") for text in (*turns, question, said)]
+            roles = ("user", "assistant") * len(shown)
+            yield "", talker.turns, [{"role": role, "content": text} for role, text in zip(roles, shown)]
+
+    with gradio.Blocks(title="LLaVA from scratch", analytics_enabled=False) as page:
+        turns = gradio.State([])
+        with gradio.Row():
+            with gradio.Column(scale=1):
+                picture = gradio.File(chat.path and str(chat.path), label="Picture", file_types=["image"])
+                seen = gradio.Image(show_label=False, interactive=False, buttons=["fullscreen"])
+            with gradio.Column(scale=2):
+                talk = gradio.Chatbot(show_label=False, render_markdown=False, buttons=["copy_all"])
+                box = gradio.Textbox(show_label=False, placeholder="A question", submit_btn=True)
+        asked = box.submit(answer, [box, turns, picture], [box, turns, talk], concurrency_limit=1)
+        page.load(look, picture, [seen, turns, talk])
+        picture.change(look, picture, [seen, turns, talk], cancels=asked)
+        talk.clear(list, None, turns, cancels=asked)
+    page.launch(server_name="127.0.0.1", share=False)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpForm)
     add = parser.add_argument
     add("--model", type=Path, metavar="RUN", default=Path("runs/chat"), help="a run directory of stage 2")
     add("--image", type=Path, metavar="FILE", help="what to talk about (default: text alone)")
     add("--prompt", metavar="TEXT", help="ask this, print the answer, end (default: talk in the terminal)")
+    add("--web", action="store_true", help="talk in the browser, at an address of this machine (pip install gradio)")
     add("--temperature", type=float, default=0.0, help="0 = always the likeliest token; 1 = drawn as the model has it")
     add("--top-p", type=float, default=1.0, help="draw among the likeliest tokens of this probability; 1 = all")
     add("--max-new-tokens", type=int, default=512, help="an answer is cut after so many")
@@ -153,6 +214,9 @@ def main():
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # no byte that is typed or said ends the chat
     if not 0 <= a.temperature < float("inf") or not 0 < a.top_p <= 1 or a.max_new_tokens < 1 or a.seed < 0:
         raise UserError("--temperature and --seed: 0 or more; --top-p: over 0, up to 1; --max-new-tokens: 1 or more")
+    if a.web and a.prompt is not None:
+        raise UserError("--prompt asks from a script, --web in the browser; leave one out")
+    gradio = open_gradio() if a.web else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chat = Chat(a.model, device, temperature=a.temperature, top_p=a.top_p, max_new_tokens=a.max_new_tokens, seed=a.seed)
     if chat.config.get("stage") == 1:
@@ -160,6 +224,8 @@ def main():
     chat.look(a.image)
     if a.prompt is not None:
         return say(chat, a.prompt)
+    if a.web:
+        return serve(chat, gradio)
     note(f"{a.model}, about {a.image or 'no picture'}; /help lists the commands")
     talk(chat)
 

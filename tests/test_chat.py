@@ -1,4 +1,4 @@
-"""chat.py: streaming, turns, commands, one shot from a script, a terminal, bad input; on the tiny random run."""
+"""chat.py: streaming, turns, commands, one shot from a script, a terminal, a page, bad input; on a tiny random run."""
 
 import contextlib
 import io
@@ -11,7 +11,9 @@ import select
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -114,6 +116,30 @@ def test_interrupted_answers_stay_in_the_conversation(talker):
     for _ in talker.ask("So?"):  # whoever prints is interrupted
         break
     assert talker.turns[2] == "So?" and len(talker.turns) == 4
+
+
+def test_an_answer_may_go_on_in_another_thread(talker):
+    """As a page's server does: autocast is on for every token, and stays on in no thread."""
+    on, tokens = [], talker.sp.encode(" red blue red blue")
+    talker.autocast = torch.autocast("cpu", torch.bfloat16)
+
+    def generate(*_, **__):
+        for token in tokens:
+            on.append(torch.is_autocast_enabled("cpu"))
+            yield {0: token}
+
+    talker.model.generate = generate
+    answer, pieces = talker.ask("Hi"), []
+
+    def one():
+        pieces.append(next(answer, None))
+        on.append(not torch.is_autocast_enabled("cpu"))
+
+    while not pieces or pieces[-1] is not None:
+        thread = threading.Thread(target=one)
+        thread.start()
+        thread.join()
+    assert "".join(pieces[:-1]) == "red blue red blue" and all(on) and len(pieces) > 5
 
 
 # --- what is asked
@@ -267,6 +293,72 @@ def test_in_a_terminal(run):  # noqa: F811
     finally:
         process.kill()
         os.close(terminal)
+
+
+# --- in a browser
+
+
+class PageError(Exception):
+    """Stands in for gradio.Error, which is shown on the page."""
+
+    def __init__(self, message, print_exception):
+        super().__init__(message)
+
+
+@pytest.fixture
+def page(talker):
+    """The page, made with a stand-in for gradio that keeps what it is given -> that, and its functions look, answer."""
+    gradio = MagicMock(Error=PageError)
+    chat.serve(talker, gradio)
+    look, answer = gradio.File().change.call_args.args[0], gradio.Textbox().submit.call_args.args[0]
+    return gradio, look, answer
+
+
+def messages(turns):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+def test_the_page_is_for_this_machine_and_tells_nobody(page):
+    gradio, _, answer = page
+    assert gradio.Blocks.call_args.kwargs["analytics_enabled"] is False
+    gradio.Blocks().__enter__().launch.assert_called_once_with(server_name="127.0.0.1", share=False)
+    assert gradio.Textbox().submit.call_args.kwargs["concurrency_limit"] == 1  # the model answers one at a time
+
+
+def test_each_browser_has_its_own_turns_and_its_answers_stream(page, talker, picture):
+    gradio, look, answer = page
+    seen, turns, talk = look(str(picture))
+    assert seen.size == (50, 40) and turns == talk == []
+    for path in (picture, None):
+        talker.look(path)
+        expected = [*talker.ask("Which thing is red?")], [*talker.ask("And blue?")]
+        talker.look(None)  # whatever else is said meanwhile
+        mine, other = [], []
+        for question, pieces in zip(("Which thing is red?", "And blue?"), expected):
+            begun = [text.removeprefix("<image>\n") for text in mine]
+            said = ""
+            for (box, turns, talk), piece in zip(answer(question, mine, path and str(path)), pieces, strict=True):
+                said += piece
+                assert box == "" and talk == messages([*begun, question, said])
+                *_, (_, other, _) = answer("Something else", other, None)
+            mine = turns
+            assert mine[-1] == said.strip() and mine[0].startswith("<image>\n") == bool(path)
+        assert len(mine) == 4 and talker.turns == []
+    assert look(None) == (None, [], []) and [*answer("  ", mine, None)] == [gradio.skip()]
+
+
+def test_a_bad_picture_is_told_on_the_page(page, tmp_path):
+    _, look, answer = page
+    (tmp_path / "text.png").write_text("no picture")
+    for use in (look, lambda path: next(answer("Hi", [], path))):
+        with pytest.raises(PageError, match="^text.png: not a readable picture"):
+            use(str(tmp_path / "text.png"))
+
+
+def test_a_page_without_gradio_is_refused_before_the_model_is_read(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert refused(monkeypatch, "--model", tmp_path / "nowhere", "--web").endswith('pip install "gradio>=6"')
+    assert "leave one out" in refused(monkeypatch, "--web", "--prompt", "Hi")
 
 
 # --- bad input
