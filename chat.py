@@ -158,12 +158,11 @@ def serve(chat: Chat, gradio):
     """A page for browsers of this machine alone. Each has a conversation of its own; one is answered at a time."""
 
     def begin(picture: str | None) -> Chat:
-        talker = copy.copy(chat)  # of the same model
+        talker, path = copy.copy(chat), Path(picture) if picture else None  # of the same model
         try:
-            talker.look(picture and Path(picture))
+            talker.look(path)
         except UserError as error:
-            text = str(error).removeprefix(f"{Path(picture).parent}/")
-            raise gradio.Error(text, print_exception=False) from None
+            raise gradio.Error(str(error).replace(picture or "", "the picture"), print_exception=False) from None
         return talker
 
     def look(picture):
