@@ -162,7 +162,8 @@ def serve(chat: Chat, gradio):
         try:
             talker.look(path)
         except UserError as error:
-            raise gradio.Error(str(error).replace(picture or "", "the picture"), print_exception=False) from None
+            text = str(error).removeprefix(f"{path and path.parent}/")
+            raise gradio.Error(text, print_exception=False) from None
         return talker
 
     def look(picture):
