@@ -13,10 +13,9 @@ size of the weights. What others wrote stays data: no pickled code ever runs. Wh
 at all.
 
     python checkpoint.py import LLAVA RUN     # a finished LLaVA -> a run directory, to be asked or trained on here
-    python checkpoint.py export RUN FOLDER    # a run directory -> a folder that transformers loads: export.py
+    python checkpoint.py export RUN FOLDER    # a run directory -> a folder that transformers loads (both: convert.py)
 """
 
-import argparse
 import contextlib
 import ctypes
 import dataclasses
@@ -39,9 +38,9 @@ import torch
 import torch.nn as nn
 from sentencepiece import SentencePieceProcessor
 
-from conversation import TEMPLATE, UserError, load_tokenizer, visible
+from conversation import UserError, load_tokenizer, visible
 from model import LLaMA, LLaMAConfig, LLaVA, Projection
-from vision import FEATURE_LAYER, HEAD_DIM, PREPROCESSING, VisionConfig, VisionTransformer
+from vision import FEATURE_LAYER, HEAD_DIM, VisionConfig, VisionTransformer
 
 # --- names: old -> new, None = knowingly dropped. N is a layer's number, * any rest of a name; the first row that fits
 # counts. Rows with the same new name are parts of one tensor, in this order.
@@ -460,6 +459,30 @@ def kind_of(folder: str | Path) -> str:
     return HF_LLAVA if "text_config" in config else FIRST_LLAVA
 
 
+def describe(folder: str | Path) -> str:
+    """What a --llama folder is, in words."""
+    kind = kind_of(folder)
+    if kind == FIRST_LLAVA and read_json(Path(folder) / "config.json", dict).get("mm_use_im_start_end"):
+        kind += "; it was trained with <im_start> and <im_end> around the picture, which are not put there here"
+    return kind
+
+
+def feature_layer_of(folder: str | Path) -> int:
+    """The ViT's layer that the W of a --llama folder was trained on, if it is a LLaVA's; else LLaVA's default."""
+    path = Path(folder) / "config.json"
+    if kind_of(folder) not in (FIRST_LLAVA, HF_LLAVA):
+        return FEATURE_LAYER
+    config = read_json(path, dict)
+    layer = config.get("vision_feature_layer", config.get("mm_vision_select_layer", FEATURE_LAYER))
+    check_only(
+        path,
+        vision_feature_layer=(layer if type(layer) is int else None, layer),
+        vision_feature_select_strategy=(config.get("vision_feature_select_strategy", "default"), "default"),
+        mm_vision_select_feature=(config.get("mm_vision_select_feature", "patch"), "patch"),
+    )
+    return layer
+
+
 def load_llama(folder: str | Path, dtype: torch.dtype | None = torch.float32,
                base: str | Path | None = None) -> LLaMA:  # fmt: skip
     """A LLaMA or Vicuna in `dtype` (None: its own), of any folder that `kind_of` knows (a stage-2 run is a raw one).
@@ -524,7 +547,8 @@ def hf_config(path: Path) -> tuple[LLaMAConfig, bool]:
     given, kind = read_json(path, dict), kind_of(path.parent)
     if kind == HF_LLAVA:  # what is as in LLaMA-7B may be left out there
         inner = given["text_config"] if isinstance(given["text_config"], dict) else {}
-        given = dict(zip(HF_CONFIG, dataclasses.astuple(LLaMAConfig()))) | {"num_key_value_heads": None} | inner
+        given = {theirs: getattr(LLaMAConfig, ours) for theirs, ours in HF_CONFIG.items()}
+        given |= {"num_key_value_heads": None} | inner  # as many as heads
     rope = given.get("rope_scaling") or given.get("rope_parameters") or {}  # transformers 4, transformers 5
     rope = rope if isinstance(rope, dict) else {"type": rope}
     config = {"num_key_value_heads": given.get("num_attention_heads"), "rope_theta": 10000.0} | rope
@@ -547,6 +571,8 @@ def hf_config(path: Path) -> tuple[LLaMAConfig, bool]:
 def hf_parts(folder: Path, part: str) -> dict[str, torch.Tensor]:
     """The weights of the `llama`, the `vision` tower or the `projector` in a Hugging Face folder."""
     parts = translate(load_folder(folder), LLAVA, folder)
+    if twice := [name for name, tensors in parts.items() if len(tensors) > 1]:
+        raise UserError(f"{folder}: holds {few(twice)} under two names; get the weights of one model")
     return {name.removeprefix(f"{part}."): tensor for name, (tensor,) in parts.items() if name.startswith(f"{part}.")}
 
 
@@ -719,13 +745,15 @@ def load_projector(path: str | Path) -> Projection:
     """
     path = Path(path)
     parts = translate(hf_parts(path, "projector") if path.is_dir() else load_weights(path), PROJECTOR, path)
-    if path.is_dir() and "linear_1.weight" in parts:  # transformers has two layers, with what stands here between them
-        act = read_json(path / "config.json", dict).get("projector_hidden_act")
-        if act == "linear" and "linear_2.weight" in parts:  # nothing: together they are one matrix
-            W1, W2 = (parts.pop(f"linear_{i}.weight")[0].float() for i in (1, 2))  # (dim, vision_dim), (dim, dim)
-            parts["weight"] = [W2 @ W1]
-            if biases := [parts.pop(f"linear_{i}.bias")[0].float() for i in (1, 2) if f"linear_{i}.bias" in parts]:
-                parts["bias"] = [W2 @ biases[0] + biases[-1]]
+    if "linear_1.weight" in parts and path.is_dir():  # transformers has two layers, with what stands here between them
+        if read_json(path / "config.json", dict).get("projector_hidden_act") == "linear":  # nothing: they are one
+            W1, bias = parts["linear_1.weight"][0], "linear_1.bias" in parts
+            dim, vision_dim = W1.shape if W1.dim() == 2 else (1, 1)  # which `fill` refuses
+            with torch.device("meta"):
+                first, second = nn.Linear(vision_dim, dim, bias), nn.Linear(dim, dim, bias)
+            fill(nn.ModuleDict({"linear_1": first, "linear_2": second}), parts, torch.float32, path)
+            parts = {"weight": [(second.weight @ first.weight).detach()]}
+            parts |= {"bias": [second(first.bias).detach()]} if bias else {}
     if any(re.fullmatch(r"(0|2|linear_1|linear_2)\.weight", name) for name in parts):
         raise UserError(f"{path}: its projector has two layers (LLaVA-1.5 and later); here it is one matrix, W: take "
                         "LLaVA's first version")  # fmt: skip
@@ -806,15 +834,16 @@ def load_run(run: str | Path, dtype: torch.dtype | None = torch.float32) -> tupl
     kinds = {"path": str, "sha256": str, "feature_layer": int}
     if config.get("stage") not in (1, 2) or not all(isinstance(vision.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{run}: config.json has no stage, or vision.json no path, sha256, feature_layer; train again")
-    llama_path = llama_of(run, config)
-    for name, key, path in (("vision.json", "path", Path(vision["path"])), ("config.json", "llama", llama_path)):
+    llama_path, base = llama_of(run, config), config.get("llama_base") if config["stage"] == 1 else None
+    inputs = [("vision.json", "path", Path(vision["path"])), ("config.json", "llama", llama_path)]
+    inputs += [("config.json", "llama_base", Path(str(base)))] if base else []
+    for name, key, path in inputs:
         if not (os.path.isfile(path) or os.path.isdir(path)):  # and no device, which never ends
             raise UserError(f"{run / name}: {visible(str(path))[:500]} is not there any more; put it back, or set "
                             f"{key!r} in this file to where it is now")  # fmt: skip
     if checksum(vision["path"]) != vision["sha256"]:
         raise UserError(f"{vision['path']}: not the ViT that {run} was trained with (vision.json has another sha256); "
                         "put that one back, or train again")  # fmt: skip
-    base = config.get("llama_base") if config["stage"] == 1 else None
     llama = load_llama(llama_path, dtype, base)
     vit, projector = load_vision(vision["path"], vision["feature_layer"], dtype), load_projector(run / "projector.pth")
     try:
@@ -901,73 +930,7 @@ def load_state(run: str | Path) -> dict | None:
     return state
 
 
-# --- the command line
-
-
-def import_llava(llava: str | Path, run: str | Path, base: str | Path | None = None, vision: str | Path | None = None,
-                 projector: str | Path | None = None):  # fmt: skip
-    """A finished LLaVA -> a run directory `run`, as stage 2 leaves it. See `main` for the rest."""
-    from data import SCIENCEQA_PROMPT  # which imports this file
-
-    folder, run, kind = Path(llava), Path(run), kind_of(llava)
-    if run.exists():
-        raise UserError(f"{run}: is there already; name a new run directory")
-    if kind in (RAW, HF) and not projector:
-        raise UserError(f"{folder}: is {kind}, so W is missing: give its mm_projector.bin by --projector")
-    if kind != HF_LLAVA and not vision:
-        raise UserError(f"{folder}: is {kind}, so the ViT is missing: give OpenAI's ViT-L-14.pt or its Hugging Face "
-                        "folder by --vision")  # fmt: skip
-    print(f"{folder}: {describe(folder)}")
-    config = {} if kind == RAW else read_json(folder / "config.json", dict)
-    layer = config.get("vision_feature_layer", config.get("mm_vision_select_layer", FEATURE_LAYER))
-    if not isinstance(layer, int):
-        raise UserError(f"{folder / 'config.json'}: vision_feature_layer is {layer!r:.80}, expected one layer")
-    check_only(folder / "config.json", vision_feature_select_strategy=(
-        config.get("vision_feature_select_strategy", "default"), "default"))  # fmt: skip
-    W = load_projector(projector or folder)
-    model = build(load_llama(folder, None, base), load_vision(vision or folder, layer, None), W)
-    open_tokenizer(folder / "tokenizer.model", model.llama)
-    precision = "fp32" if model.llama.norm.weight.dtype == torch.float32 else "bf16"
-    save_run(run, model, dict(settings={"task": "chat"}, template=TEMPLATE, prompt=SCIENCEQA_PROMPT,
-             precision=precision, feature_layer=layer, preprocessing=PREPROCESSING, torch=torch.__version__,
-             vision=str(vision or folder), llama=str(folder)), folder / "tokenizer.model", 2)  # fmt: skip
-    print(f"{run}: written; python chat.py --model {run} --image PICTURE")
-
-
-def describe(folder: str | Path) -> str:
-    """What a --llama folder is, in words."""
-    kind = kind_of(folder)
-    if kind == FIRST_LLAVA and read_json(Path(folder) / "config.json", dict).get("mm_use_im_start_end"):
-        kind += "; it was trained with <im_start> and <im_end> around the picture, which are not put there here"
-    return kind
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Weights in and out.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("import", help="a finished LLaVA -> a run directory").add_argument
-    add("llava", metavar="LLAVA", help="its folder: as originally released, of transformers, or a LLaMA's")
-    add("run", metavar="RUN", help="the run directory to make: for chat.py, eval_scienceqa.py, train.py --init-from")
-    add("--llama-base", metavar="DIR", help="the LLaMA that the folder holds deltas over, if it does")
-    add("--vision", metavar="PATH", help="CLIP: OpenAI's ViT-L-14.pt or a Hugging Face folder (default: the LLaVA's)")
-    add("--projector", metavar="FILE", help="mm_projector.bin or projector.pth (default: the LLaVA's)")
-    add = commands.add_parser("export", help="a run directory -> a folder that transformers loads").add_argument
-    add("run", metavar="RUN", help="a finished run of train.py, of either stage")
-    add("folder", metavar="FOLDER", help="the folder to make")
-    a = parser.parse_args()
-    if a.command == "import":
-        return import_llava(a.llava, a.run, a.llama_base, a.vision, a.projector)
-    from export import export
-
-    export(a.run, a.folder)
-
-
 if __name__ == "__main__":
-    from checkpoint import UserError, main  # export.py imports that module, which is not `__main__`
+    from convert import main  # which imports this file
 
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    main()

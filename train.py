@@ -33,7 +33,7 @@ from conversation import TEMPLATE, HelpForm, UserError, system_ids
 from data import SCIENCEQA_PROMPT, Encoder, Example, Examples, Pictures, ScienceQA, Steps, ask
 from model import LLaVA, Prefix
 from parallel import PARALLEL, by_process_0, from_outside, gathered, leave, start_processes, summed
-from vision import FEATURE_LAYER, PREPROCESSING
+from vision import PREPROCESSING
 
 PAPER = {  # section 4.2: what each run of the paper uses
     "stage1": dict(epochs=1, batch_size=128, lr=2e-3, sampling="proportional"),
@@ -65,8 +65,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--llama", metavar="DIR", help="LLaMA or Vicuna: Meta's raw folder, a Hugging Face folder, a run of stage 2; "
         "or a finished LLaVA, whose W is started from")  # fmt: skip
     add("--llama-base", metavar="DIR", help="the LLaMA that --llama holds deltas over, as Vicuna v0 was released")
-    add("--vision", metavar="PATH", help="CLIP: OpenAI's ViT-L-14.pt or a Hugging Face folder")
-    add("--projector", metavar="FILE", help="a W to start from: projector.pth or mm_projector.bin; else noise")
+    add("--vision", metavar="PATH", help="CLIP: OpenAI's ViT-L-14.pt or a Hugging Face folder (default: that of a "
+        "LLaVA of transformers)")  # fmt: skip
+    add("--projector", metavar="FILE", help="a W to start from: projector.pth or mm_projector.bin (default: a LLaVA's "
+        "own, else noise)")  # fmt: skip
     add("--init-from", metavar="RUN", help="start from this run's LLaMA, ViT and W instead of --llama, --vision and "
         "--projector (the demo's stage 2: runs/stage1; `none`: W from noise, the paper's ablation)")  # fmt: skip
     add("--data", nargs="+", metavar="PATH", help="LLaVA JSON (stage 1: chat.json of CC3M-595K; stage 2: "
@@ -106,6 +108,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gpu-memory", type=int, default=80, metavar="GIB", help="of each of them")
     a = parser.parse_args(argv)
 
+    if a.llama and not a.vision and (Path(a.llama) / "config.json").is_file():
+        a.vision = a.llama if checkpoint.kind_of(a.llama) == checkpoint.HF_LLAVA else None  # its own
     if a.plan:
         return a
     if a.stage is None:
@@ -121,8 +125,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         "them: the demo")  # fmt: skip
     if a.demo and a.stage == 2:
         a.init_from = a.init_from or "runs/stage1"
-    if a.llama and not a.vision and (Path(a.llama) / "config.json").is_file():
-        a.vision = a.llama if checkpoint.kind_of(a.llama) == checkpoint.HF_LLAVA else None  # its own
     if a.demo and a.init_from in (None, "none"):
         a.llama, a.vision, a.init_from = demo.LLAMA, demo.VISION, None
     needed = ("init_from", "data") if a.init_from else ("llama", "vision", "data")
@@ -302,15 +304,16 @@ def start_model(a: argparse.Namespace, dtype: torch.dtype) -> tuple[LLaVA, Path,
         model, _, begun = checkpoint.load_run(a.init_from, llama_dtype)
         model.vision.to(dtype)
         model.projector.float()
-        llama, vision, base = checkpoint.llama_of(a.init_from, begun), begun["vision"], begun.get("llama_base")
+        llama, vision = checkpoint.llama_of(a.init_from, begun), begun["vision"]
+        base = begun.get("llama_base") if begun["stage"] == 1 else None
     else:
         llama, vision, base = a.llama, a.vision, a.llama_base
         finished = checkpoint.kind_of(llama) in (checkpoint.FIRST_LLAVA, checkpoint.HF_LLAVA)
         projector = a.projector or (llama if finished else None)
         model = checkpoint.build(checkpoint.load_llama(llama, llama_dtype, base),
-                                 checkpoint.load_vision(vision, FEATURE_LAYER, dtype),
+                                 checkpoint.load_vision(vision, checkpoint.feature_layer_of(llama), dtype),
                                  projector and checkpoint.load_projector(projector), a.seed)  # fmt: skip
-    origin = dict(llama=llama, vision=vision, **(dict(llama_base=base) if base else {}))
+    origin = dict(llama=llama, vision=vision) | (dict(llama_base=base) if base else {})
     return model, Path(llama) / "tokenizer.model", {name: str(Path(path).resolve()) for name, path in origin.items()}
 
 
@@ -377,7 +380,7 @@ def train(a: argparse.Namespace, rank: int, world: int, device: torch.device):
     total = min(a.epochs * steps.per_epoch, a.max_steps or math.inf)
 
     config = dict(settings=settings_of(a) | {"samples": len(examples)}, stage=a.stage, template=TEMPLATE,
-                  prompt=SCIENCEQA_PROMPT, precision=precision, feature_layer=FEATURE_LAYER,
+                  prompt=SCIENCEQA_PROMPT, precision=precision, feature_layer=model.vision.feature_layer,
                   preprocessing=PREPROCESSING, torch=torch.__version__)  # fmt: skip
     config |= origin
     held = []

@@ -1,5 +1,6 @@
 """checkpoint.py: published formats against `transformers`, strictness, memory, hostile files, writes that fail."""
 
+import argparse
 import copy
 import io
 import json
@@ -27,7 +28,9 @@ from conftest import ROOT, error, randomize
 from torch.distributed.checkpoint.api import CheckpointException
 
 import checkpoint
+import convert
 import parallel
+import train
 from checkpoint import load_llama, load_projector, load_run, load_vision, save_llama, save_run
 from conversation import UserError
 from model import LLaMA, LLaMAConfig, LLaVA, Projection, flat_attention, positions
@@ -748,6 +751,36 @@ def test_a_llava_with_two_layers_between_is_refused(theirs, tmp_path):
         load_projector(tmp_path)
 
 
+def test_projectors_of_transformers_that_do_not_fit(theirs, tmp_path):
+    llava = their_llava(theirs)
+    llava.config.save_pretrained(tmp_path)
+    weights, name = llava.state_dict(), "model.multi_modal_projector"
+    for changes, word in (({f"{name}.linear_2.weight": torch.ones(64, 65)}, "linear_2.weight"),
+                          ({f"{name}.linear_1.weight": torch.ones(())}, "linear_1.weight"),
+                          ({f"{name}.linear_1.bias": torch.ones(1)}, "linear_1.bias"),
+                          ({f"{name}.linear_2.bias": None}, "missing: linear_2.bias"),
+                          ({f"{name}.linear_2.weight": torch.ones(64, 64).long()}, "int64"),
+                          ({"multi_modal_projector.linear_1.bias": torch.ones(64)}, "under two names")):  # fmt: skip
+        changed = {key: tensor for key, tensor in (weights | changes).items() if tensor is not None}
+        torch.save(changed, tmp_path / "pytorch_model.bin")
+        with refused(tmp_path, word):
+            load_projector(tmp_path)
+
+
+def test_the_layer_that_a_llava_was_trained_on(theirs, tmp_path):
+    folder = write_first_llava(theirs, tmp_path / "llava", weight=torch.randn(64, 128))
+    config = json.loads((folder / "config.json").read_text())
+    for changes, layer in (({}, -2), ({"mm_vision_select_layer": -1}, -1), ({"vision_feature_layer": -3}, -3)):
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        assert checkpoint.feature_layer_of(folder) == layer
+    for changes in ({"vision_feature_layer": [-2, -5]}, {"mm_vision_select_feature": "cls_patch"},
+                    {"vision_feature_select_strategy": "full"}):  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        with refused(folder / "config.json", *changes):
+            checkpoint.feature_layer_of(folder)
+    assert checkpoint.feature_layer_of(write_raw(theirs, tmp_path / "raw")) == -2
+
+
 def test_import(theirs, tmp_path, tiny_tokenizer, capsys):
     """Each kind of a finished LLaVA becomes a run directory of the same numbers."""
     theirs, root = their_llama(8, vocab_size=tiny_tokenizer.vocab_size() + 1), tmp_path
@@ -761,20 +794,24 @@ def test_import(theirs, tmp_path, tiny_tokenizer, capsys):
     llava.save_pretrained(root / "hf")
     for folder in (first, vicuna, root / "hf"):
         (folder / "tokenizer.model").write_bytes(tiny_tokenizer.serialized_model_proto())
-    checkpoint.import_llava(first, root / "run-first", vision=root / "clip")
-    checkpoint.import_llava(vicuna, root / "run-vicuna", vision=root / "clip", projector=root / "mm_projector.bin")
-    checkpoint.import_llava(root / "hf", root / "run-hf")
+    convert.import_llava(first, root / "run-first", vision=root / "clip")
+    convert.import_llava(vicuna, root / "run-vicuna", vision=root / "clip", projector=root / "mm_projector.bin")
+    convert.import_llava(root / "hf", root / "run-hf")
     assert "<im_start>" in capsys.readouterr().out
+    assert equal(load_run(root / "run-hf")[0].llama, load_llama(root / "hf"))
+    assert equal(load_run(root / "run-hf")[0].vision, load_vision(root / "hf"))
     runs = {name: checkpoint.open_run(root / f"run-{name}", torch.device("cpu"), "", template="vicuna_v0", stage=2)
             for name in ("first", "vicuna", "hf")}  # fmt: skip
     assert equal(runs["first"][1], runs["vicuna"][1]) and torch.equal(runs["first"][1].projector.weight, W)
-    assert equal(runs["hf"][1].llama, load_llama(root / "hf")) and equal(runs["hf"][1].vision, load_vision(root / "hf"))
+    shutil.rmtree(root / "hf")  # of that nothing more is needed
+    again = checkpoint.load_run(root / "run-hf")[0]
+    assert equal(again, runs["hf"][1])
     with refused(root / "run-hf", "already"):
-        checkpoint.import_llava(root / "hf", root / "run-hf")
+        convert.import_llava(first, root / "run-hf")
     with refused(vicuna, "--projector"):
-        checkpoint.import_llava(vicuna, root / "other", vision=root / "clip")
+        convert.import_llava(vicuna, root / "other", vision=root / "clip")
     with refused(first, "--vision"):
-        checkpoint.import_llava(first, root / "other")
+        convert.import_llava(first, root / "other")
     assert not (root / "other").exists()
 
 
@@ -1130,6 +1167,30 @@ def test_runs_with_hostile_settings_are_refused(parts, name, changes):
     with refused(root / "run", name) as check:
         load_run(root / "run")
     assert len(str(check.info.value)) < 1000
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_run_over_deltas(parts, stage):
+    """Of stage 1 it needs the base again; of stage 2 it has all of the LLaMA, and nothing begun from it asks for one."""
+    root, llava = parts
+    write_hf(their_llama(4, vocab_size=llava.llama.config.vocab_size), root / "delta", "bin")
+    zero = {name: torch.zeros_like(weight) for name, weight in torch.load(root / "delta/pytorch_model.bin").items()}
+    torch.save(zero, root / "delta/pytorch_model.bin")
+    shutil.copy(root / "llama/tokenizer.model", root / "delta/tokenizer.model")
+    paths = {"vision": str(root / "vit.pt"), "llama": str(root / "delta"), "llama_base": str(root / "llama")}
+    save_run(root / "run", llava, paths, root / "llama/tokenizer.model", stage)
+    assert equal(load_run(root / "run")[0], llava)
+    begun = argparse.Namespace(init_from=root / "run", stage=1, parallel="ddp")
+    assert train.start_model(begun, torch.float32)[2].get("llama_base") == (paths["llama_base"] if stage == 1 else None)
+    (root / "llama").rename(root / "away")
+    if stage == 2:
+        return load_run(root / "run")
+    with refused(root / "run/config.json", "'llama_base'"):
+        load_run(root / "run")
+    config = json.loads((root / "run/config.json").read_text())
+    (root / "run/config.json").write_text(json.dumps(config | {"llama_base": [5]}))
+    with refused(root / "run/config.json", "'llama_base'"):
+        load_run(root / "run")
 
 
 def test_a_run_whose_parts_do_not_fit_is_named(parts):
