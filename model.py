@@ -157,42 +157,52 @@ class LLaMA(nn.Module):
 # --- attention over the flat batch, and over a cache
 
 
-def flat_attention(n_layers: int, cu_seqlens: torch.Tensor, prefix: Prefix | None = None,
+def flat_attention(n_layers: int, cu_seqlens: torch.Tensor, prefix: Prefix | int | None = None,
                    keep: Prefix | None = None) -> list[Attend]:  # fmt: skip
     """Causal attention within each sample of a flat batch, for each of the LLaMA's n_layers: see `LLaMA.forward`.
 
     cu_seqlens: (B+1,) int32, the borders of the samples.
-    prefix: per layer k and v (S, K, hd), positions that come before those of every sample (see `LLaVA.read_prefix`).
+    prefix: what comes before every sample: per layer its k and v (S, K, hd), from `LLaVA.read_prefix`; or S, if it
+    stands in the stream itself, once, before all samples (and before the 0 of cu_seqlens).
     keep: a list that gets each layer's (k, v), for a cache.
     """
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
-    S = 0 if prefix is None else len(prefix[0][0])
+    S = prefix if isinstance(prefix, int) else len(prefix[0][0]) if prefix else 0
 
     def attend(layer, q, k, v):  # (N, H, hd), (N, K, hd), (N, K, hd)
         if keep is not None:
             keep.append((k, v))
-        gqa = q.shape[1] != k.shape[1]
+        outs = []
+        if isinstance(prefix, int):
+            before, k, v = (k[:S], v[:S]), k[S:], v[S:]
+            outs, q = [causal(q[:S], *before)], q[S:]
+        elif prefix:
+            before = tuple(t.to(k.dtype) for t in prefix[layer])
         ks, vs = k.split(lengths), v.split(lengths)  # (T, K, hd) each
-        if prefix is not None:
-            before_k, before_v = (t.to(k.dtype) for t in prefix[layer])
-            ks, vs = [torch.cat([before_k, k]) for k in ks], [torch.cat([before_v, v]) for v in vs]  # (S+T, K, hd)
+        if S:
+            ks, vs = ([torch.cat([t, one]) for one in ones] for t, ones in zip(before, (ks, vs)))  # (S+T, K, hd) each
         if q.is_cuda and varlen_attn is not None and q.dtype != torch.float32:
             cu_seqlens_k = cu_seqlens + S * torch.arange(len(cu_seqlens), device=q.device, dtype=cu_seqlens.dtype)
-            longest, causal = max(lengths), (-1, 0)  # any distance back, none ahead; the last rows line up
+            longest, window = max(lengths), (-1, 0)  # any distance back, none ahead; the last rows line up
             if S:
                 k, v = torch.cat(ks), torch.cat(vs)  # (N + B S, K, hd)
-            return varlen_attn(q, k, v, cu_seqlens, cu_seqlens_k, longest, longest + S,
-                               window_size=causal, enable_gqa=gqa)  # fmt: skip
-        outs = []
-        for qkv in zip(q.split(lengths), ks, vs):
-            one_q, one_k, one_v = (t.transpose(0, 1)[None] for t in qkv)  # (1, heads, T or S+T, hd)
-            if S:  # the prefix has no queries here: zeros, whose outputs are dropped, line up the causal triangle
-                one_q = F.pad(one_q, (0, 0, S, 0))  # (1, H, S+T, hd)
-            out = F.scaled_dot_product_attention(one_q, one_k, one_v, is_causal=True, enable_gqa=gqa)
-            outs.append(out[0, :, S:].transpose(0, 1))  # (T, H, hd)
+            outs.append(varlen_attn(q, k, v, cu_seqlens, cu_seqlens_k, longest, longest + S, window_size=window,
+                                    enable_gqa=q.shape[1] != k.shape[1]))  # fmt: skip
+        else:
+            outs += map(causal, q.split(lengths), ks, vs)
         return torch.cat(outs)
 
     return [lambda q, k, v, layer=layer: attend(layer, q, k, v) for layer in range(n_layers)]
+
+
+def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention of q (T, H, hd), the last T of the S + T positions of k and v (S+T, K, hd) -> (T, H, hd)."""
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, heads, T or S+T, hd)
+    S = k.shape[2] - q.shape[2]
+    if S:  # the first S have no queries: zeros, whose outputs are dropped, line up the causal triangle
+        q = F.pad(q, (0, 0, S, 0))  # (1, H, S+T, hd)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0, :, S:].transpose(0, 1)
 
 
 class KVCache:
@@ -314,13 +324,17 @@ class LLaVA(nn.Module):
         The two travel apart: the sum over micro-batches and ranks is divided once, by the count over all of them,
         so that the gradient does not depend on how a global batch is cut up.
         """
-        if isinstance(prefix, torch.Tensor):
-            prefix = self.read_prefix(prefix)
-        S = 0 if prefix is None else len(prefix[0][0])
-        attend = flat_attention(len(self.llama.layers), cu_seqlens, prefix)
+        if isinstance(prefix, torch.Tensor):  # it goes into the stream, once, before the samples
+            S = len(prefix)
+            ids, green = torch.cat([prefix, ids]), torch.cat([green.new_zeros(S), green])  # (S+N,) each, N from here on
+            at = torch.cat([torch.arange(S, device=ids.device), positions(cu_seqlens, S)])
+            attend = flat_attention(len(self.llama.layers), cu_seqlens, S)
+        else:
+            at = positions(cu_seqlens, len(prefix[0][0]) if prefix else 0)
+            attend = flat_attention(len(self.llama.layers), cu_seqlens, prefix)
         # The position before a green token predicts it. A sample never starts green, so both are of one sample.
         is_target = green.nonzero().squeeze(1)  # (M,)
-        x = self.llama(self.embed(ids, pixels), positions(cu_seqlens, S), attend, wanted=is_target - 1)  # (M, dim)
+        x = self.llama(self.embed(ids, pixels), at, attend, wanted=is_target - 1)  # (M, dim)
         logits = self.llama.logits(x)  # (M, vocab): nowhere else do logits exist
         nll = F.cross_entropy(logits.float(), ids[is_target], reduction="sum")
         return nll, torch.tensor(len(is_target), device=ids.device)

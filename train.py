@@ -353,11 +353,9 @@ def train(a: argparse.Namespace, rank: int, world: int, device: torch.device):
     say(f"model: {trains:,} parameters train, {frozen:,} are frozen; {precision} on {world} x {device.type}")
 
     # Every sample starts with the system message: it is read once for all. In stage 1 the LLaMA is constant, and so
-    # is what it makes of it; in stage 2 it is read with each batch, as ids, so that the gradient reaches it. But that
-    # gradient enters a block from the side, where the hooks of FSDP do not see it: then each sample has its own.
+    # is what it makes of it; in stage 2 it is read with each batch, as ids, so that the gradient reaches it.
     sp = checkpoint.open_tokenizer(tokenizer, model.llama)
-    system, apart = system_ids(sp), a.stage == 1 or a.parallel == "ddp"
-    prefix_ids = torch.tensor(system if apart else [], dtype=torch.long)
+    prefix_ids = torch.tensor(system_ids(sp))
 
     def autocast(on: torch.device):
         return torch.autocast(on.type, torch.bfloat16, enabled=precision == "bf16")
@@ -365,16 +363,16 @@ def train(a: argparse.Namespace, rank: int, world: int, device: torch.device):
     def read_prefix():
         ids = prefix_ids.to(model.projector.weight.device)
         with autocast(ids.device), torch.no_grad():
-            return model.read_prefix(ids) if len(ids) else None
+            return model.read_prefix(ids)
 
     if a.stage == 1:
         prefix = [(k.to(device), v.to(device)) for k, v in read_prefix()]
     else:
-        prefix = prefix_ids.to(device) if apart else None
+        prefix = prefix_ids.to(device)
     n_patches, size = model.vision.config.n_patches, model.vision.config.image_size
-    if a.max_length < len(system) + n_patches + 2:
+    if a.max_length < len(prefix_ids) + n_patches + 2:
         raise UserError(f"--max-length {a.max_length}: a picture and the system message alone take "
-                        f"{len(system) + n_patches}")  # fmt: skip
+                        f"{len(prefix_ids) + n_patches}")  # fmt: skip
     encode = Encoder(sp, n_patches, size, pictures, a.max_length, prefix_ids.tolist())
     steps = Steps(examples, encode, a.batch_size, a.seed, rank, world, a.micro_batch_tokens, a.sampling)
     total = min(a.epochs * steps.per_epoch, a.max_steps or math.inf)
