@@ -140,6 +140,14 @@ def test_the_gpu_branch_asks_its_kernel_for_the_same_attention(n_kv_heads, S, mo
     assert len(calls) == 1
     assert S or [t.data_ptr() for t in calls[0][:3]] == [t.data_ptr() for t in (q, k, v)], "nothing is copied"
     assert error(on_cpu, on_gpu.as_subclass(torch.Tensor)) <= 1e-12
+    if S:  # and where the prefix stands in the stream
+        before = torch.randn(S, 4, 8, dtype=torch.float64, generator=dice)
+        q, k, v = (torch.cat([t, one]) for t, one in zip((before, *prefix[0]), (q, k, v)))
+        in_stream = flat_attention(1, torch.tensor([0, 6, 7, 20], dtype=torch.int32), S)[0]
+        alone = flat_attention(1, torch.tensor([0, S], dtype=torch.int32))[0](*(t[:S] for t in (q, k, v)))
+        for wrap in (torch.Tensor, OnGPU):
+            out = in_stream(*(t.as_subclass(wrap) for t in (q, k, v))).as_subclass(torch.Tensor)
+            assert error(out, torch.cat([alone, on_cpu])) <= 1e-12
 
 
 # --- LLaVA: the splice and the loss
