@@ -195,7 +195,11 @@ def serve(chat: Chat, gradio):
         page.load(look, picture, [seen, turns, talk])
         picture.change(look, picture, [seen, turns, talk], cancels=asked)
         talk.clear(list, None, turns, cancels=asked)
-    page.launch(server_name="127.0.0.1", share=False)
+    try:
+        page.launch(server_name="127.0.0.1", share=False)
+    except Exception as error:  # gradio's and httpx's are of many kinds
+        raise UserError(f"--web: the page could not be opened ({checkpoint.reason(error)}); if a proxy is set, set "
+                        "NO_PROXY=127.0.0.1,localhost too") from None  # fmt: skip
 
 
 def main():
@@ -204,7 +208,7 @@ def main():
     add("--model", type=Path, metavar="RUN", default=Path("runs/chat"), help="a run directory of stage 2")
     add("--image", type=Path, metavar="FILE", help="what to talk about (default: text alone)")
     add("--prompt", metavar="TEXT", help="ask this, print the answer, end (default: talk in the terminal)")
-    add("--web", action="store_true", help="talk in the browser, at an address of this machine (pip install gradio)")
+    add("--web", action="store_true", help="talk in this machine's browser (pip install 'gradio>=6')")
     add("--temperature", type=float, default=0.0, help="0 = always the likeliest token; 1 = drawn as the model has it")
     add("--top-p", type=float, default=1.0, help="draw among the likeliest tokens of this probability; 1 = all")
     add("--max-new-tokens", type=int, default=512, help="an answer is cut after so many")

@@ -247,9 +247,9 @@ def as_html(sp: SentencePieceProcessor, ids: np.ndarray, green: np.ndarray, titl
 
 def numbers(text: str) -> range:
     """`7` -> 7; `3-5` -> 3, 4, 5"""
-    first, _, last = text.partition("-")
+    first, dash, last = text.partition("-")
     try:
-        found = range(int(first), int(last or first) + 1)
+        found = range(int(first), int(last if dash else first) + 1)
     except ValueError:
         found = range(0)
     if not found:

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import math
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 
 import checkpoint
 import demo
-from conversation import IMAGE, IMAGE_ID, TEMPLATE, HelpForm, UserError, readable, stop_ids, surface, tokenize
+from conversation import IMAGE, IMAGE_ID, STOP, TEMPLATE, HelpForm, UserError, readable, stop_ids, surface, tokenize
 from data import REQUESTS
 from model import flat_attention, positions
 from vision import open_picture, preprocess
@@ -53,7 +54,7 @@ def loss_curves(run: Path) -> Path:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; name the directory of a run of train.py") from None
     for line in text.splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError, ZeroDivisionError):  # a run at work may be writing it
+        with contextlib.suppress(ValueError, KeyError, TypeError, ArithmeticError, RecursionError):  # half a line, say
             line = json.loads(line) | {}
             line["speed"] = line["tokens"] / line["seconds"]
             lines.append([float("nan" if line[name] is None else line[name]) for name in ("step", *CURVES)])
@@ -90,8 +91,9 @@ def attention_weights(model, ids: torch.Tensor, pixels: torch.Tensor, rows: torc
 
     def watched(attend, q, k, v):  # (N, H, hd), (N, K, hd), (N, K, hd)
         k_of_heads = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (N, H, hd)
-        scores = q[rows].transpose(0, 1).float() @ k_of_heads.permute(1, 2, 0).float()  # (H, R, N)
-        weights.append((scores / math.sqrt(q.shape[-1])).masked_fill(ahead, -math.inf).softmax(-1))
+        with torch.autocast(q.device.type, enabled=False):  # which would make bf16 of the scores again
+            scores = q[rows].transpose(0, 1).float() @ k_of_heads.permute(1, 2, 0).float()  # (H, R, N)
+            weights.append((scores / math.sqrt(q.shape[-1])).masked_fill(ahead, -math.inf).softmax(-1))
         return attend(q, k, v)
 
     borders = torch.tensor([0, len(ids)], dtype=torch.int32, device=ids.device)
@@ -118,6 +120,8 @@ def look(model, sp, pixels: torch.Tensor, prompt: str, max_new_tokens: int) -> l
     ids = torch.from_numpy(tokenize(sp, [f"{IMAGE}\n{prompt}"], model.vision.config.n_patches)[0]).to(pixels.device)
     borders = torch.tensor([0, len(ids)], dtype=torch.int32, device=ids.device)
     [said] = model.answers(ids, borders, pixels, stop_ids(sp), max_new_tokens)
+    while STOP in surface(sp, said):  # spelled in other pieces
+        said.pop()
     words = words_of(sp, said)
     rows = torch.tensor([len(ids) + first - 1 for _, first in words], dtype=torch.long, device=ids.device)
     weights = attention_weights(model, torch.cat([ids, ids.new_tensor(said)]), pixels, rows).mean(1)  # (layers, R, N)
@@ -126,6 +130,7 @@ def look(model, sp, pixels: torch.Tensor, prompt: str, max_new_tokens: int) -> l
 
 
 def attention_figure(a):
+    a.prompt = a.prompt.encode("utf-8", "replace").decode()  # bytes that were no text
     if a.image is None:
         demo.prepare(demo.FOLDER)
         a.image = demo.heldout(demo.FOLDER)[0].image
@@ -146,7 +151,7 @@ def attention_figure(a):
         columns = min(COLUMNS, 1 + len(words))
         rows = math.ceil((1 + len(words)) / columns)
         figure.set_size_inches(2 * columns, 2.3 * rows + 0.4)
-        figure.suptitle(a.prompt, parse_math=False)
+        figure.suptitle(readable(a.prompt), parse_math=False)
         for panel in range(1 + len(words)):
             axes = figure.add_subplot(rows, columns, 1 + panel, xticks=[], yticks=[])
             axes.imshow(seen.mean(-1) if panel else seen, extent=(0, n, n, 0), cmap="gray", vmin=0, vmax=255)
@@ -160,7 +165,7 @@ def attention_figure(a):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
     what = "loss, learning rate, gradient norm and speed of each step, as RUN/loss.png"
     add = kinds.add_parser("loss", help=what).add_argument
@@ -174,6 +179,9 @@ def main():
     add("--max-new-tokens", type=int, default=64, help="an answer is cut after so many")
     add("--out", type=Path, metavar="FILE", default=Path("attention.png"), help="the PNG to write")
     a = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # an answer may hold any character
+    if a.kind == "attention" and a.out.suffix.lower() != ".png":
+        raise UserError(f"--out {a.out}: must name a file that ends in .png")
     if a.kind == "attention" and a.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {a.max_new_tokens}: must be 1 or more")
     if a.kind == "loss":
@@ -187,3 +195,5 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

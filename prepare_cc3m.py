@@ -19,6 +19,7 @@ import json
 import os
 import random
 import re
+import sys
 import tarfile
 import zipfile
 from array import array
@@ -32,6 +33,7 @@ from tqdm import tqdm
 from checkpoint import read_json, reason, replacing
 from conversation import HelpForm, UserError, visible
 from data import CAPTIONS, MAX_BYTES, Pictures, Records, from_caption
+from plots import drawing
 
 TSV, FILES, TARS, JSON = "Google's TSV", "img2dataset's files", "img2dataset's tars", "captions in JSON"
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")  # of pictures
@@ -147,8 +149,22 @@ def in_tars(paths: list[Path]):
             if member.size > MAX_BYTES:
                 raise OSError(f"{member.name} has {member.size} bytes, over the limit of {MAX_BYTES}")
             return tar.extractfile(member).read()  # type: ignore[union-attr]  # of a file: never None
-        except (tarfile.TarError, OSError) as error:
+        except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
             raise damaged(error) from None
+
+    def members(tar: tarfile.TarFile):
+        """tarfile takes a damaged header for the end; or it may send it back, for ever."""
+        last = -1
+        for member in tar:
+            if member.offset <= last or member.size < 0:
+                raise tarfile.ReadError("a header is damaged")
+            last = member.offset
+            if member.isfile():
+                yield member
+        with open(path, "rb") as file:
+            file.seek(tar.offset)
+            if file.read(512) != bytes(512):  # the mark of the end
+                raise tarfile.ReadError("it ends too early")
 
     def key(member):
         return PurePosixPath(member.name).name.partition(".")[0]
@@ -156,9 +172,9 @@ def in_tars(paths: list[Path]):
     for path in paths:
         try:
             with tarfile.open(path, "r:") as tar:
-                for name, members in itertools.groupby((m for m in tar if m.isfile()), key):
-                    yield name, {PurePosixPath(m.name).name[len(name) :]: partial(read, m) for m in members}
-        except (tarfile.TarError, OSError) as error:
+                for name, parts in itertools.groupby(members(tar), key):
+                    yield name, {PurePosixPath(m.name).name[len(name) :]: partial(read, m) for m in parts}
+        except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
             raise damaged(error) from None
 
 
@@ -267,21 +283,19 @@ def table(report: dict) -> str:
 
 def draw(path: Path, before: np.ndarray, after: np.ndarray):
     """How many captions hold a phrase, by the phrase's rank."""
+    path.unlink(missing_ok=True)  # an earlier one's
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        path.unlink(missing_ok=True)  # an earlier one's
-        return print(f"no {path}: pip install matplotlib")
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, counts in dict(before=before, after=after).items():
-        counts = np.sort(counts[counts > 0])[::-1]
-        ranks = np.unique(np.geomspace(1, len(counts), 1000).astype(int))
-        axes.loglog(ranks, counts[ranks - 1], label=f"{name}: {len(counts):,} noun phrases")
-    axes.set(xlabel="rank of the noun phrase", ylabel="captions that hold it")
-    axes.legend()
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+        with drawing(path) as figure:
+            figure.set_size_inches(6, 4)
+            axes = figure.subplots()
+            for name, counts in dict(before=before, after=after).items():
+                counts = np.sort(counts[counts > 0])[::-1]
+                ranks = np.unique(np.geomspace(1, len(counts), 1000).astype(int))
+                axes.loglog(ranks, counts[ranks - 1], label=f"{name}: {len(counts):,} noun phrases")
+            axes.set(xlabel="rank of the noun phrase", ylabel="captions that hold it")
+            axes.legend()
+    except UserError as error:
+        print(f"no {path}: {error}")
 
 
 # --- the command line
@@ -299,7 +313,12 @@ def prepare(a):
     for name in ("at_least", "at_most", "processes"):
         if getattr(a, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be 1 or more")
-    refuse_to_overwrite(a.out)
+    if a.seed < 0:
+        raise UserError(f"--seed {a.seed}: must be 0 or more")
+    try:
+        refuse_to_overwrite(a.out)
+    except OSError as error:
+        raise UserError(f"{a.out}: cannot be read ({reason(error)}); give another --out") from None
     kind, read = open_captions(a.data)
     phrases_by, phrases_of = PHRASES[a.phrases](a.processes)
     print(f"{a.data}: {kind}; noun phrases: {phrases_by}", flush=True)
@@ -337,14 +356,14 @@ def prepare(a):
                 continue
             try:
                 chat.write(separator + expanded(record, random.Random(f"{a.seed} {i}")))
-            except ValueError as error:
-                raise UserError(f"{a.data}: caption {i}: {error}; rename it") from None
+                if kind == TARS:
+                    if (image := record["image"]) in archive.NameToInfo:
+                        raise UserError(f"{a.data}: two pictures are named {visible(image)}, but img2dataset repeats "
+                                        "no name; are tars of two data sets there?")  # fmt: skip
+                    archive.writestr(zipfile.ZipInfo(image), picture())
+            except ValueError as error:  # a name that leads out of the folder, or is no text
+                raise UserError(f"{a.data}: caption {i}: {visible(str(error))[:200]}; rename it") from None
             separator = b",\n"
-            if kind == TARS:
-                if (image := record["image"]) in archive.NameToInfo:
-                    raise UserError(f"{a.data}: two pictures are named {visible(image)}, but img2dataset repeats no "
-                                    "name; are tars of two data sets there?")  # fmt: skip
-                archive.writestr(zipfile.ZipInfo(image), picture())
         if i + 1 != n:
             raise UserError(f"{a.data}: had {n} captions and then {i + 1}; it has changed meanwhile, start again")
         chat.write(b"\n]\n")
@@ -366,8 +385,7 @@ def prepare(a):
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="CC3M -> the concept-balanced chat.json of stage 1.",
-                                     formatter_class=HelpForm)  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpForm)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="PATH", help="Train_GCC-training.tsv, a folder that img2dataset "
         "wrote (files or webdataset), or captions as JSON")  # fmt: skip
@@ -381,6 +399,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # phrases may hold any character
     try:
         prepare(parse_arguments())
     except UserError as error:

@@ -108,10 +108,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gpu-memory", type=int, default=80, metavar="GIB", help="of each of them")
     a = parser.parse_args(argv)
 
-    if a.llama and not a.vision and (Path(a.llama) / "config.json").is_file():
-        a.vision = a.llama if checkpoint.kind_of(a.llama) == checkpoint.HF_LLAVA else None  # its own
     if a.plan:
         return a
+    if a.llama and not a.vision and (Path(a.llama) / "config.json").is_file():
+        a.vision = a.llama if checkpoint.kind_of(a.llama) == checkpoint.HF_LLAVA else None  # its own
     if a.stage is None:
         raise UserError("--stage missing: 1 trains W alone, 2 W and the LLaMA")
     if a.stage == 1 and a.task:

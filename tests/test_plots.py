@@ -46,10 +46,14 @@ def test_weights_are_those_of_transformers(n_kv_heads):
         assert error(ours[layer], theirs[layer][0, :, rows]) < 1e-5
 
 
-def test_weights_sum_to_1_and_nothing_ahead_is_seen():
+@pytest.mark.parametrize("bf16", [False, True])
+def test_weights_sum_to_1_and_nothing_ahead_is_seen(bf16):
     ids, pixels = one_sample()
     rows = torch.arange(len(ids))
-    weights = plots.attention_weights(tiny_llava(), ids, pixels, rows)
+    llava = tiny_llava().bfloat16() if bf16 else tiny_llava()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        weights = plots.attention_weights(llava, ids, pixels, rows)
+    assert weights.dtype == torch.float32
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, len(ids)))
     assert (weights.triu(1) == 0).all() and (weights >= 0).all()
 

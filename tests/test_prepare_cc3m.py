@@ -187,7 +187,7 @@ def test_the_picture_of_the_report(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     source, out = tsv(tmp_path / "cc3m.tsv"), tmp_path / "out"
     prepare(source, out)
-    assert Image.open(out / "report.png").size == (900, 600)
+    assert Image.open(out / "report.png").size == (720, 480)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     prepare(source, out)
     assert not (out / "report.png").exists() and "pip install matplotlib" in capsys.readouterr().out
@@ -258,7 +258,14 @@ def test_samples_of_img2dataset_that_are_no_pairs(tmp_path):
 def test_tars_that_are_damaged_or_name_a_picture_twice(tmp_path):
     folder = tars(tmp_path / "tars")
     whole = (folder / "00001.tar").read_bytes()
-    for damaged in (b"", whole[:3000], b"\x1f\x8b" + whole, b"x" * 5000):
+    with tarfile.open(folder / "00001.tar") as tar:
+        third = tar.getmembers()[2].offset
+    wrong, back = bytearray(whole), bytearray(whole)
+    wrong[third + 148 : third + 156] = b"0000000\0"  # of the header, its checksum
+    back[third + 124 : third + 136] = b"\xff" * 8 + (-(2**20)).to_bytes(4, "big", signed=True)  # its size, below 0
+    total = sum(back[third : third + 512]) - sum(back[third + 148 : third + 156]) + 8 * 32
+    back[third + 148 : third + 156] = b"%06o\0 " % total
+    for damaged in (b"", whole[:3000], whole[:third], bytes(wrong), bytes(back), b"\x1f\x8b" + whole, b"x" * 5000):
         (folder / "00001.tar").write_bytes(damaged)
         with pytest.raises(UserError, match="00001.tar: damaged, or no uncompressed tar"):
             prepare(folder, tmp_path / "out")
@@ -268,7 +275,8 @@ def test_tars_that_are_damaged_or_name_a_picture_twice(tmp_path):
     assert not list((tmp_path / "out").glob("*")), "nothing half-written"
     with tarfile.open(folder / "00001.tar", "w") as tar:
         for _ in range(3):
-            for name, content in (("a/../...jpg", b"x"), ("a/../...txt", b"a red dog")):
+            for name, content in (("a/../...jpg", b"x"), ("a/../...txt", b"a red dog"),
+                                  ("../x/../.jpg", b"x"), ("../x/../.txt", b"a red dog")):  # fmt: skip
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
@@ -292,6 +300,8 @@ def test_what_is_not_captions(tmp_path):
             prepare(tmp_path / name, tmp_path / "new")
     with pytest.raises(UserError, match="--at-most 0: must be 1 or more"):
         prepare(tmp_path / "rare.tsv", tmp_path / "new", "--at-most", 0)
+    with pytest.raises(UserError, match="--seed -1: must be 0 or more"):
+        prepare(tmp_path / "rare.tsv", tmp_path / "new", "--seed", -1)
     assert not (tmp_path / "new").exists()
 
 

@@ -78,7 +78,7 @@ def test_each_function_that_a_document_names_is_there(document):
 
 def test_the_tree_of_the_readme_has_every_file():
     tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## What is where")[1].split("```")[1]
-    assert not {path.name for path in ROOT.glob("*.py")} - set(re.findall(r"^(\w+\.py) ", tree, re.MULTILINE))
+    assert {path.name for path in ROOT.glob("*.py")} == set(re.findall(r"^(\w+\.py) ", tree, re.MULTILINE))
 
 
 if __name__ == "__main__":
