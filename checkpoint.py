@@ -874,6 +874,9 @@ def open_run(run: str | Path, device: torch.device, trained_by: str, **must_be) 
     if not path.is_file():
         raise UserError(f"{run}: no run is there; first train it: {trained_by} --out {run}")
     config = read_json(path, dict)
+    if "template" not in config:
+        raise UserError(f"{run}: is no run directory; if it is a LLaVA's folder, make one of it: python checkpoint.py "
+                        f"import {run} RUN")  # fmt: skip
     for name, value in must_be.items():
         if config.get(name) != value:
             raise UserError(f"{path}: trained with {name} {config.get(name)!r:.80}, here it must be {value!r}; take a "

@@ -77,6 +77,8 @@ def import_llava(llava: str | Path, run: str | Path, base: str | Path | None = N
     if run.exists() and (not run.is_dir() or any(path.name[0] != "." and path != run / "vision.pth"
                                                  for path in run.iterdir())):  # fmt: skip
         raise UserError(f"{run}: is there already; name a new run directory")
+    if (folder / "projector.pth").is_file():
+        raise UserError(f"{folder}: is a run directory already; chat.py --model takes it as it is")
     if kind in (checkpoint.RAW, checkpoint.HF) and not projector:
         raise UserError(f"{folder}: is {kind}, so W is missing: give its mm_projector.bin by --projector")
     if kind != checkpoint.HF_LLAVA and not vision:

@@ -6,6 +6,7 @@ under torch.compile a `Linear` is torch's own.
 """
 
 import ctypes
+import os
 import platform
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +27,12 @@ ONEDNN = HAS_ONEDNN and is_amd()  # Intel's own MKL is as fast on Intel's in sta
 
 
 def keep_memory():
-    """glibc returns large blocks to the system when they are freed, and every page of the next one costs a fault."""
+    """glibc returns large blocks to the system when they are freed, and every page of the next one costs a fault.
+
+    What is kept may be a sixth more than is needed at once. MALLOC_MMAP_THRESHOLD_ in the environment overrides this.
+    """
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
     with suppress(OSError, AttributeError):  # no glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,

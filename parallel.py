@@ -39,8 +39,11 @@ from model import LLaMA, LLaVA, Projection
 from vision import VisionTransformer
 
 
-def start_processes() -> tuple[int, int, torch.device]:
-    """-> rank, world size, device. Under torchrun its processes join: NCCL between GPUs, gloo between CPUs."""
+def start_processes(sparing: bool = False) -> tuple[int, int, torch.device]:
+    """-> rank, world size, device. Under torchrun its processes join: NCCL between GPUs, gloo between CPUs.
+
+    sparing: memory counts for more than time, so none is kept (on CPUs).
+    """
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
     device = torch.device("cpu")
@@ -52,7 +55,8 @@ def start_processes() -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     else:
-        keep_memory()
+        if not sparing:
+            keep_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             # One core is left to the workers and to what else runs: when threads outnumber the free cores, PyTorch's
             # wait for each other at every operation, and all becomes many times slower than with a thread less.

@@ -63,8 +63,9 @@ def loss_curves(run: Path) -> Path:
     steps, *curves = np.array(lines).T
     with drawing(run / "loss.png") as figure:
         figure.set_size_inches(10, 6)
-        window = 1 + len(steps) // 50
-        figure.suptitle(f"{run}: pale, each step; dark, the mean of {window} around it", parse_math=False)
+        window = 1 + 2 * (len(steps) // 100)  # odd: as many steps before as after
+        mean_of = f": pale, each step; dark, the mean of {window} around it" if window > 1 else ""
+        figure.suptitle(f"{run}{mean_of}", parse_math=False)
         for axes, (name, title), y in zip(figure.subplots(2, 2, sharex=True).flat, CURVES.items(), curves):
             mean = np.convolve(y, np.ones(window) / window, "valid")
             axes.plot(steps, y, color="tab:blue", alpha=0.3, linewidth=0.8)

@@ -432,8 +432,9 @@ def train(a: argparse.Namespace, rank: int, world: int, device: torch.device):
         if (bad_samples > a.max_bad_samples or not green) and t > start:
             save(t)  # what has been learnt is not lost
         if bad_samples > a.max_bad_samples:
-            raise UserError(f"step {t + 1}: {'; '.join(errors)}; mend that and start the same again, or leave some out "
-                            "by --max-bad-samples")  # fmt: skip
+            more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
+            raise UserError(f"step {t + 1}: {'; '.join(errors[:3])}{more}; mend that (is --images right?) and start "
+                            "the same again, or leave some out by --max-bad-samples")  # fmt: skip
         if rank == 0:
             for error in errors:
                 bar.write(f"step {t + 1}: left out: {error}")
@@ -521,7 +522,7 @@ def main():
     a = parse_arguments()
     if a.plan:
         return print_plan(a)
-    rank, world, device = start_processes()
+    rank, world, device = start_processes(sparing=a.parallel == "fsdp")
     try:
         train(a, rank, world, device)
     except Exception as error:
