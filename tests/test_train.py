@@ -691,8 +691,12 @@ def test_broken_pictures_are_left_out_up_to_a_number_the_same_on_every_process(i
         lines[name] = metrics(tmp_path / name)
     for a, b in zip(lines["one"], lines["two"], strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4) and a["green_tokens"] == b["green_tokens"]
-    with pytest.raises(UserError, match="mend that and start the same again"):
+    with pytest.raises(UserError, match="mend that .* and start the same again"):
         in_process(flags(inputs, tmp_path / "strict", images=tmp_path / "images", max_bad_samples=1))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match=r"; and 5 more; mend that \(is --images right\?\)") as raised:
+        in_process(flags(inputs, tmp_path / "absent", images=tmp_path / "none"))
+    assert str(raised.value).count("it is not there") == 3
 
 
 def test_steps_without_a_number_are_not_taken_and_counted(inputs, tmp_path, monkeypatch):
