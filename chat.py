@@ -18,8 +18,21 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from conversation import IMAGE, STOP, TEMPLATE, HelpForm, UserError, readable, stop_ids, surface, system_ids, tokenize
-from vision import open_picture, preprocess
+from conversation import (
+    IMAGE,
+    STOP,
+    TEMPLATE,
+    HelpForm,
+    UserError,
+    readable,
+    run_command,
+    stop_ids,
+    surface,
+    system_ids,
+    tokenize,
+)
+from data import read_pixels
+from vision import open_picture
 
 TRAINED_BY = "torchrun train.py --stage 2"
 HELP = """\
@@ -46,12 +59,7 @@ class Chat:
     def look(self, path: Path | None):
         """Begins anew, about this picture. Raises UserError if it is none; then nothing has changed."""
         size = self.model.vision.config.image_size
-        pixels = torch.zeros(0, 3, size, size, dtype=torch.uint8)
-        if path:
-            try:
-                pixels = preprocess(open_picture(path.read_bytes()), size)[None]  # (1, 3, size, size)
-            except (OSError, ValueError) as error:
-                raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        pixels = read_pixels(path, size) if path else torch.zeros(0, 3, size, size, dtype=torch.uint8)
         self.path, self.pixels, self.turns, self.written = path, pixels.to(self.device), [], set()
 
     def ask(self, question: str) -> Iterator[str]:
@@ -235,9 +243,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run_command(main)

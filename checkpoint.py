@@ -371,15 +371,24 @@ def translate(weights: dict, table: dict, path) -> dict[str, list[torch.Tensor]]
     """{new name: its parts, in the table's order}. Raises UserError on a name that the table does not have."""
     parts, unknown = {}, dict(weights)
     for old, new in table.items():
-        pattern = re.escape(old).replace(r"\.N\.", r"\.(?P<N>[0-9]{1,4})\.").replace(r"\*", "(?P<rest>.*)")
-        for match in [match for name in unknown if (match := re.fullmatch(pattern, name))]:
-            tensor = unknown.pop(match[0])
+        for name, now in [(name, now) for name in unknown if (now := renamed(name, old, new or "")) is not None]:
+            tensor = unknown.pop(name)
             if new is not None:
-                name = match.expand(new.replace(".N.", r".\g<N>.").replace("*", r"\g<rest>"))
-                parts.setdefault(name, []).append(tensor)
+                parts.setdefault(now, []).append(tensor)
     if unknown:
         raise UserError(f"{path}: holds what this model has no place for: {few(unknown)}; is it another model?")
     return parts
+
+
+def renamed(name: str, old: str, new: str) -> str | None:
+    """`name`, which is of the pattern `old`, after the pattern `new`; None if it is not of `old`.
+
+    >>> renamed("model.layers.7.mlp.up_proj.weight", "model.layers.N.mlp.up_proj.*", "layers.N.feed_forward.w3.*")
+    'layers.7.feed_forward.w3.weight'
+    """
+    pattern = re.escape(old).replace(r"\.N\.", r"\.(?P<N>[0-9]{1,4})\.").replace(r"\*", "(?P<rest>.*)")
+    match = re.fullmatch(pattern, name)
+    return match and match.expand(new.replace(".N.", r".\g<N>.").replace("*", r"\g<rest>"))
 
 
 def few(things) -> str:
@@ -934,6 +943,7 @@ def load_state(run: str | Path) -> dict | None:
 
 
 if __name__ == "__main__":
+    from conversation import run_command
     from convert import main  # which imports this file
 
-    main()
+    run_command(main)

@@ -24,7 +24,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,16 @@ IMAGE_ID = -1  # stands in `ids` at each patch position: no new vocabulary, no c
 
 class UserError(Exception):
     """What came, what was expected, and the remedy, in one line; `main()` prints it without a traceback."""
+
+
+def run_command(main: Callable):
+    """Runs the `main` of a command line: a UserError ends it with its line, Ctrl-C without a word."""
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # 128 + SIGINT
 
 
 def visible(text: str) -> str:

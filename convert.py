@@ -152,11 +152,7 @@ def old_names(weights: dict[str, torch.Tensor], table: dict) -> dict[str, torch.
     """checkpoint.translate, from right to left: a tensor that several names on the left share is cut into as many."""
     found = {}
     for name, tensor in weights.items():
-        olds = []
-        for old, new in table.items():
-            pattern = re.escape(new or "").replace(r"\.N\.", r"\.(?P<N>[0-9]+)\.").replace(r"\*", "(?P<rest>.*)")
-            if match := re.fullmatch(pattern, name):
-                olds.append(match.expand(old.replace(".N.", r".\g<N>.").replace("*", r"\g<rest>")))
+        olds = [was for old, new in table.items() if new and (was := checkpoint.renamed(name, new, old))]
         found |= dict(zip(olds, tensor.chunk(len(olds)), strict=True))
     return found
 
@@ -330,12 +326,7 @@ def main():
     add("run", metavar="RUN", help="a finished run of train.py, of either stage")
     add("folder", metavar="FOLDER", help="the folder to make")
     a = parser.parse_args()
-    try:
-        if a.command == "import":
-            import_llava(a.llava, a.run, a.llama_base, a.vision, a.projector)
-        else:
-            export(a.run, a.folder)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    if a.command == "import":
+        import_llava(a.llava, a.run, a.llama_base, a.vision, a.projector)
+    else:
+        export(a.run, a.folder)

@@ -478,6 +478,14 @@ class Pictures:
             raise ValueError(f"cannot be read from {self.path}: {reason}") from None
 
 
+def read_pixels(path: Path, size: int) -> torch.Tensor:
+    """(1, 3, size, size) uint8 of a picture that the user names. Raises UserError if it is none."""
+    try:
+        return preprocess(open_picture(path.read_bytes()), size)[None]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
 # --- examples -> a flat batch
 
 

@@ -20,10 +20,21 @@ import torch
 
 import checkpoint
 import demo
-from conversation import IMAGE, IMAGE_ID, STOP, TEMPLATE, HelpForm, UserError, readable, stop_ids, surface, tokenize
-from data import REQUESTS
+from conversation import (
+    IMAGE,
+    IMAGE_ID,
+    STOP,
+    TEMPLATE,
+    HelpForm,
+    UserError,
+    readable,
+    run_command,
+    stop_ids,
+    surface,
+    tokenize,
+)
+from data import REQUESTS, read_pixels
 from model import flat_attention, positions
-from vision import open_picture, preprocess
 
 TRAINED_BY = "torchrun train.py --stage 2"
 CURVES = {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm, before clipping", "speed": "tokens/s"}
@@ -141,14 +152,11 @@ def attention_figure(a):
         n_layers = len(model.llama.layers)
         if a.layer is not None and not 1 <= a.layer <= n_layers:
             raise UserError(f"--layer {a.layer}: the LLaMA of {a.model} has layers 1 to {n_layers}")
-        try:
-            pixels = preprocess(open_picture(a.image.read_bytes()), model.vision.config.image_size)  # (3, size, size)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{a.image}: {getattr(error, 'strerror', None) or error}") from None
+        pixels = read_pixels(a.image, model.vision.config.image_size)  # (1, 3, size, size)
         with autocast:
-            words = look(model, sp, pixels[None].to(device), a.prompt, a.max_new_tokens)
+            words = look(model, sp, pixels.to(device), a.prompt, a.max_new_tokens)
         n = math.isqrt(model.vision.config.n_patches)
-        seen = pixels.permute(1, 2, 0).numpy()  # (size, size, 3)
+        seen = pixels[0].permute(1, 2, 0).numpy()  # (size, size, 3)
         columns = min(COLUMNS, 1 + len(words))
         rows = math.ceil((1 + len(words)) / columns)
         figure.set_size_inches(2 * columns, 2.3 * rows + 0.4)
@@ -192,9 +200,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run_command(main)

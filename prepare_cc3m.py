@@ -31,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from checkpoint import read_json, reason, replacing
-from conversation import HelpForm, UserError, visible
+from conversation import HelpForm, UserError, run_command, visible
 from data import CAPTIONS, MAX_BYTES, Pictures, Records, from_caption
 from plots import drawing
 
@@ -400,9 +400,4 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # phrases may hold any character
-    try:
-        prepare(parse_arguments())
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run_command(lambda: prepare(parse_arguments()))

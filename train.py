@@ -29,7 +29,7 @@ import checkpoint
 import demo
 import plan
 import plots
-from conversation import TEMPLATE, HelpForm, UserError, system_ids
+from conversation import TEMPLATE, HelpForm, UserError, run_command, system_ids
 from data import SCIENCEQA_PROMPT, Encoder, Example, Examples, Pictures, ScienceQA, Steps, ask
 from model import LLaVA, Prefix
 from parallel import PARALLEL, by_process_0, from_outside, gathered, leave, start_processes, summed
@@ -533,9 +533,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(128 + signal.SIGINT) from None
+    run_command(main)
