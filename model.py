@@ -1,18 +1,26 @@
-"""LLaMA, and LLaVA on top of it: H_v = W Z_v (Eq. 1), the splice (Eq. 2), the loss over green tokens (Eq. 3).
+"""LLaMA, and LLaVA on top of it: H_v = W Z_v (Eq. 1) among the words (Eq. 2), the loss of green tokens (Eq. 3).
 
-A batch is flat: its B samples stand end to end in one stream of N positions, and `cu_seqlens` (B+1) says where each
-starts and ends. Every linear layer runs over (N, dim); only attention looks at the borders. There is no padding and
-no attention mask, and a batch without a picture is the case of no pictures, not another path.
+A batch is one stream of N tokens without padding. Every sample starts with the same system message, so the message
+stands in the stream once, before the samples:
 
-Parameters carry the names of LLaMA's release, so its checkpoints load as they are.
+    | system message | sample 1 | sample 2 | ... | sample B |
+    0            borders[0]  borders[1]  ...          borders[B] = N
 
-Shapes: B samples, N positions of the flat batch, dim model width, H query heads, K key/value heads, hd = dim / H,
-S positions of a shared prefix, P patches a picture of size² pixels, D width of the ViT, T length of one sample.
+Token i attends to token j if j <= i and (j < borders[0] or both are of one sample). Only the attention reads the
+borders; every other layer treats each token by itself. Generation first reads a stream of prompts, then computes one
+new token of each prompt per step.
+
+Parameters have the names of LLaMA's release, so its checkpoints load without renaming.
+
+Shapes: B samples, N positions of the stream, S of them the system message, T of one sample; dim model width, H query
+heads, K key/value heads, hd = dim / H; P patches a picture, D width of the ViT; M positions that predict a green token.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -20,23 +28,22 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from conversation import IMAGE_ID
-from cpu import Linear
 from vision import VisionTransformer, normalize
 
-varlen_attn: Callable | None = None  # one kernel for the whole flat batch, on GPUs
-if torch.cuda.is_available():  # it brings 70 MB of modules, which no CPU needs
+varlen_attn: Any = None  # PyTorch's kernel that attends within all samples of a stream at once
+if torch.cuda.is_available():  # the import takes 70 MB, and CPUs have no such kernel
     with suppress(ImportError):
         from torch.nn.attention.varlen import varlen_attn
 
 
 @dataclass(frozen=True)
 class LLaMAConfig:
-    """The architecture, as in params.json; the defaults are LLaMA-7B."""
+    """The architecture, as in params.json. The defaults are LLaMA-7B."""
 
     dim: int = 4096
     n_layers: int = 32
     n_heads: int = 32
-    n_kv_heads: int = 32  # fewer than n_heads: grouped-query attention
+    n_kv_heads: int = 32  # grouped-query attention if less than n_heads
     ffn_dim: int = 11008
     vocab_size: int = 32000
     norm_eps: float = 1e-6
@@ -45,10 +52,6 @@ class LLaMAConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.n_heads
-
-
-Attend = Callable[..., torch.Tensor]  # of one layer: q, k, v -> (N, H, hd)
-Prefix = list[tuple[torch.Tensor, torch.Tensor]]  # per layer k and v (S, K, hd)
 
 
 # --- LLaMA
@@ -61,51 +64,53 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (N, dim)
-        y = x.float()  # the mean of squares overflows fp16 and is coarse in bf16
+        y = x.float()  # a mean of squares overflows in fp16 and loses digits in bf16
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return y.to(x.dtype) * self.weight
 
 
-def rope_angles(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """positions (...) int -> cos and sin (..., 1, hd/2) float32; the 1 is for the heads."""
+def rope_phases(positions: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
+    """positions (...) int -> the phase e^(i angle) of each pair, (..., 1, hd/2) complex64; the 1 is for the heads."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     angles = positions.float()[..., None, None] * frequencies
-    return angles.cos(), angles.sin()
+    return torch.polar(torch.ones_like(angles), angles)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE. x (..., heads, hd): each adjacent pair (2i, 2i+1) turns by its angle, as LLaMA's weights expect."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (..., heads, hd/2) each
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+def rotate(x: torch.Tensor, phases: torch.Tensor) -> torch.Tensor:
+    """RoPE on x (..., heads, hd): multiplies each adjacent pair (2i, 2i+1) by its phase, as LLaMA's weights expect."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (..., heads, hd/2)
+    return torch.view_as_real(pairs * phases).flatten(-2).to(x.dtype)  # (..., heads, hd)
 
 
 class Attention(nn.Module):
+    """Projections and RoPE around `attend`, which LLaMA.forward describes."""
+
     def __init__(self, c: LLaMAConfig):
         super().__init__()
         self.head_dim = c.head_dim
-        self.wq = Linear(c.dim, c.n_heads * c.head_dim, bias=False)
-        self.wk = Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
-        self.wv = Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
-        self.wo = Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+        self.wq = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=False)
+        self.wk = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
+        self.wv = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
+        self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
 
-    def forward(self, x: torch.Tensor, rope, attend, wanted) -> torch.Tensor:  # (N, dim)
-        q = rotate(self.wq(x).unflatten(-1, (-1, self.head_dim)), *rope)  # (N, H, hd)
-        k = rotate(self.wk(x).unflatten(-1, (-1, self.head_dim)), *rope)  # (N, K, hd)
+    def forward(self, x: torch.Tensor, phases: torch.Tensor, attend, layer: int) -> torch.Tensor:  # (N, dim)
+        q = rotate(self.wq(x).unflatten(-1, (-1, self.head_dim)), phases)  # (N, H, hd)
+        k = rotate(self.wk(x).unflatten(-1, (-1, self.head_dim)), phases)  # (N, K, hd)
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))  # (N, K, hd)
-        return self.wo(attend(q, k, v).flatten(-2)[wanted])  # (N or M, dim)
+        return self.wo(attend(q, k, v, layer).flatten(-2))  # (N, dim)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU. w1 is the gate, w3 the value it gates ("up"), w2 the way back ("down")."""
+    """SwiGLU. w1 is the gate, w3 the "up" projection that it gates, w2 the "down" projection."""
 
     def __init__(self, c: LLaMAConfig):
         super().__init__()
-        self.w1 = Linear(c.dim, c.ffn_dim, bias=False)
-        self.w2 = Linear(c.ffn_dim, c.dim, bias=False)
-        self.w3 = Linear(c.dim, c.ffn_dim, bias=False)
+        self.w1 = nn.Linear(c.dim, c.ffn_dim, bias=False)
+        self.w2 = nn.Linear(c.ffn_dim, c.dim, bias=False)
+        self.w3 = nn.Linear(c.dim, c.ffn_dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (N, dim)
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # (N, dim), by way of (N, ffn_dim)
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # (N, dim), through (N, ffn_dim)
 
 
 class Block(nn.Module):
@@ -116,8 +121,12 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(c.dim, c.norm_eps)
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
 
-    def forward(self, x: torch.Tensor, rope, attend, wanted=slice(None)) -> torch.Tensor:  # (N, dim)
-        x = x[wanted] + self.attention(self.attention_norm(x), rope, attend, wanted)
+    def forward(self, x: torch.Tensor, phases: torch.Tensor, attend, layer: int,
+                wanted: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+        """x (N, dim) -> (N, dim), or (M, dim) if `wanted` (M,) lists the positions that the feed-forward computes."""
+        x = x + self.attention(self.attention_norm(x), phases, attend, layer)
+        if wanted is not None:
+            x = x[wanted]  # (M, dim)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -128,140 +137,147 @@ class LLaMA(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = Linear(config.dim, config.vocab_size, bias=False)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.checkpoint_activations = False
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, attend: list[Attend],
-                wanted: torch.Tensor | slice = slice(None)) -> torch.Tensor:  # fmt: skip
-        """Embeddings x (N, dim) at `positions` (N,) of their samples -> hidden states (M, dim) before the last norm.
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, attend: Callable,
+                wanted: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+        """Embeddings x (N, dim) at `positions` (N,) -> the hidden states (M, dim) that `logits` takes.
 
-        wanted: (M,) int64, the positions whose hidden states are asked for (all: M = N). After the last attention no
-        other is computed.
-        attend[layer](q, k, v) is the attention of one layer over q (N, H, hd) and k, v (N, K, hd): `flat_attention`
-        or a `KVCache`'s. It alone knows which positions belong together.
+        attend(q, k, v, layer): q (N, H, hd), k and v (N, K, hd) -> (N, H, hd); a StreamAttention or a KVCache's method.
+        wanted: (M,) int64, the positions to return; None = all. The last layer's feed-forward computes only these.
         """
-        rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
-        for i, (layer, attend_layer) in enumerate(zip(self.layers, attend, strict=True)):
-            rows = wanted if i + 1 == len(self.layers) else slice(None)
+        phases = rope_phases(positions, self.config.head_dim, self.config.rope_theta)  # (N, 1, hd/2)
+        for i, layer in enumerate(self.layers):
+            only = wanted if i + 1 == len(self.layers) else None
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, attend_layer, rows, use_reentrant=False)
+                x = checkpoint(layer, x, phases, attend, i, only, use_reentrant=False)
             else:
-                x = layer(x, rope, attend_layer, rows)
+                x = layer(x, phases, attend, i, only)
         return x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Hidden states (M, dim) of the positions asked for -> (M, vocab), in the compute dtype."""
+        """Hidden states (M, dim) -> (M, vocab_size), in the compute dtype."""
         return self.output(self.norm(x))
 
 
-# --- attention over the flat batch, and over a cache
+# --- attention within the samples of a stream, and over a cache
 
 
-def flat_attention(n_layers: int, cu_seqlens: torch.Tensor, prefix: Prefix | int | None = None,
-                   keep: Prefix | None = None) -> list[Attend]:  # fmt: skip
-    """Causal attention within each sample of a flat batch, for each of the LLaMA's n_layers: see `LLaMA.forward`.
-
-    cu_seqlens: (B+1,) int32, the borders of the samples.
-    prefix: what comes before every sample: per layer its k and v (S, K, hd), from `LLaVA.read_prefix`; or S, if it
-    stands in the stream itself, once, before all samples (and before the 0 of cu_seqlens).
-    keep: a list that gets each layer's (k, v), for a cache.
-    """
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
-    S = prefix if isinstance(prefix, int) else len(prefix[0][0]) if prefix else 0
-
-    def attend(layer, q, k, v):  # (N, H, hd), (N, K, hd), (N, K, hd)
-        if keep is not None:
-            keep.append((k, v))
-        outs = []
-        if isinstance(prefix, int):
-            before, k, v = (k[:S], v[:S]), k[S:], v[S:]
-            outs, q = [causal(q[:S], *before)], q[S:]
-        elif prefix:
-            before = tuple(t.to(k.dtype) for t in prefix[layer])
-        ks, vs = k.split(lengths), v.split(lengths)  # (T, K, hd) each
-        if S:
-            ks, vs = ([torch.cat([t, one]) for one in ones] for t, ones in zip(before, (ks, vs)))  # (S+T, K, hd) each
-        if q.is_cuda and varlen_attn is not None and q.dtype != torch.float32:
-            cu_seqlens_k = cu_seqlens + S * torch.arange(len(cu_seqlens), device=q.device, dtype=cu_seqlens.dtype)
-            longest, window = max(lengths), (-1, 0)  # any distance back, none ahead; the last rows line up
-            if S:
-                k, v = torch.cat(ks), torch.cat(vs)  # (N + B S, K, hd)
-            outs.append(varlen_attn(q, k, v, cu_seqlens, cu_seqlens_k, longest, longest + S, window_size=window,
-                                    enable_gqa=q.shape[1] != k.shape[1]))  # fmt: skip
-        else:
-            outs += map(causal, q.split(lengths), ks, vs)
-        return torch.cat(outs)
-
-    return [lambda q, k, v, layer=layer: attend(layer, q, k, v) for layer in range(n_layers)]
+def positions(borders: list[int], device: torch.device | None = None) -> torch.Tensor:
+    """The position (N,) of each token in its sample, which follows the system message: [2, 5, 7] -> 0 1 2 3 4 2 3."""
+    S = borders[0]
+    parts = [torch.arange(S)] + [torch.arange(S, S + end - start) for start, end in pairwise(borders)]
+    return torch.cat(parts).to(device)
 
 
-def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Attention of q (T, H, hd), the last T of the S + T positions of k and v (S+T, K, hd) -> (T, H, hd)."""
-    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, heads, T or S+T, hd)
-    S = k.shape[2] - q.shape[2]
-    if S:  # the first S have no queries: zeros, whose outputs are dropped, line up the causal triangle
-        q = F.pad(q, (0, 0, S, 0))  # (1, H, S+T, hd)
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """softmax(q kᵀ / √hd) v, each token over itself and those before it: q, k, v (T, heads, hd) -> (T, H, hd)."""
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, heads, T, hd)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    return out[0, :, S:].transpose(0, 1)
+    return out[0].transpose(0, 1)  # (T, H, hd)
+
+
+class StreamAttention:
+    """Causal attention within each sample of a stream, and to the system message before it.
+
+    The message and the first sample are one causal sequence. Every other sample gets its own copy of the message; the
+    copy's outputs are dropped.
+    """
+
+    def __init__(self, borders: list[int]):
+        self.S = borders[0]
+        self.lengths = [end - start for start, end in pairwise([0, *borders[1:]])]  # the first includes the message
+
+    def after_message(self, t: torch.Tensor) -> list[torch.Tensor]:
+        """(N, heads, hd) -> a tensor (S+T, heads, hd) for each sample."""
+        first, *others = t.split(self.lengths)
+        message = first[: self.S]
+        return [first] + [torch.cat([message, sample]) for sample in others]
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int = 0) -> torch.Tensor:
+        """q (N, H, hd), k and v (N, K, hd) -> (N, H, hd)."""
+        if q.is_cuda and varlen_attn is not None and q.dtype != torch.float32:
+            return self.by_varlen_kernel(q, k, v)
+        samples = zip(*(self.after_message(t) for t in (q, k, v)))
+        first, *others = [causal_attention(*sample) for sample in samples]  # (S+T, H, hd) each
+        return torch.cat([first] + [out[self.S :] for out in others])
+
+    def by_varlen_kernel(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The same in one launch. The kernel aligns the last query of a sample with its last key, so the queries need
+        no copy of the message."""
+        k, v = torch.cat(self.after_message(k)), torch.cat(self.after_message(v))  # (N + (B-1) S, K, hd)
+        lengths_k = [self.lengths[0]] + [self.S + length for length in self.lengths[1:]]
+        ends_q, ends_k = (torch.tensor([0, *lengths]).cumsum(0).to(q.device, torch.int32, non_blocking=True)
+                          for lengths in (self.lengths, lengths_k))  # fmt: skip
+        return varlen_attn(q, k, v, ends_q, ends_k, max(self.lengths), max(lengths_k),
+                           window_size=(-1, 0),  # any distance to the left, none to the right
+                           enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
 
 
 class KVCache:
-    """Keys and values of B growing samples. lengths (B,) int64: how many positions of each row are filled."""
+    """Keys and values of B growing sequences, each with its own copy of the system message.
 
-    ROOM = 64  # positions by which the rows grow whenever the longest is full
+    lengths (B,) int64: how many positions of each row are filled. longest: their maximum, known without asking a GPU.
+    """
 
-    def __init__(self, kept: Prefix, cu_seqlens: torch.Tensor, prefix: Prefix | None):
-        """kept: per layer k and v (N, K, hd) of the prompts, from `flat_attention`; prefix: its own, (S, K, hd)."""
-        S = 0 if prefix is None else len(prefix[0][0])
-        self.lengths = (S + cu_seqlens[1:] - cu_seqlens[:-1]).long()
-        B, longest = len(self.lengths), int(self.lengths.max()) + self.ROOM
-        borders = cu_seqlens.tolist()
-        self.layers = []
-        for layer, flat in enumerate(kept):
-            rows = []
-            for t, before in zip(flat, prefix[layer] if prefix else (None, None)):
-                # (B, K, longest, hd): what a head reads at every step lies side by side, which is faster
-                row = t.new_zeros(B, t.shape[1], longest, t.shape[2])
-                for i, (a, b) in enumerate(zip(borders, borders[1:])):
-                    if before is not None:
-                        row[i, :, :S] = before.transpose(0, 1)
-                    row[i, :, S : S + b - a] = t[a:b].transpose(0, 1)
-                rows.append(row)
-            self.layers.append(rows)
+    ROOM = 64  # positions by which the rows grow when the longest one is full
 
-    def attention(self) -> list[Attend]:
-        """For every layer, the attention of one new position per sample, first written at each row's length."""
-        longest = int(self.lengths.max()) + 1  # waits for the GPU: here, once for all layers
-        here = torch.arange(len(self.lengths), device=self.lengths.device)  # (B,)
-        seen = torch.arange(longest, device=self.lengths.device) <= self.lengths[:, None]  # (B, longest)
+    def __init__(self, borders: list[int], device: torch.device | None = None):
+        self.borders, self.layers = borders, []
+        self.stream = StreamAttention(borders)
+        lengths = [borders[0] + end - start for start, end in pairwise(borders)]
+        self.lengths, self.longest = torch.tensor(lengths, device=device), max(lengths)
 
-        def attend(layer, q, k, v):  # (B, H, hd), (B, K, hd), (B, K, hd)
-            if longest > self.layers[layer][0].shape[2]:
-                self.layers[layer] = [F.pad(rows, (0, 0, 0, self.ROOM)) for rows in self.layers[layer]]
-            rows_k, rows_v = self.layers[layer]
-            rows_k[here, :, self.lengths], rows_v[here, :, self.lengths] = k, v
-            k, v = rows_k[:, :, :longest], rows_v[:, :, :longest]  # (B, K, longest, hd)
-            gqa = q.shape[1] != k.shape[1]
-            out = F.scaled_dot_product_attention(q[:, :, None], k, v, seen[:, None, None], enable_gqa=gqa)
-            return out[:, :, 0]  # (B, H, hd)
+    def prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor:
+        """Attention within a stream of prompts (see StreamAttention); stores their keys and values."""
+        assert layer == len(self.layers)
+        self.layers.append([self.rows_of(k), self.rows_of(v)])
+        return self.stream(q, k, v)
 
-        return [lambda q, k, v, layer=layer: attend(layer, q, k, v) for layer in range(len(self.layers))]
+    def rows_of(self, t: torch.Tensor) -> torch.Tensor:
+        """(N, K, hd) of the stream -> (B, K, room, hd), so that a step reads the positions of a head side by side."""
+        S = self.borders[0]
+        rows = t.new_zeros(len(self.borders) - 1, t.shape[1], self.longest + self.ROOM, t.shape[2])
+        for row, (start, end) in zip(rows, pairwise(self.borders)):
+            row[:, :S] = t[:S].transpose(0, 1)
+            row[:, S : S + end - start] = t[start:end].transpose(0, 1)
+        return rows
+
+    def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor:
+        """Attention of one new token per row, (B, heads, hd), after storing its key and value at the row's length."""
+        if self.longest == self.layers[layer][0].shape[2]:
+            self.layers[layer] = [F.pad(rows, (0, 0, 0, self.ROOM)) for rows in self.layers[layer]]
+        keys, values = self.layers[layer]
+        longest = self.longest + 1  # with the new token
+        rows = torch.arange(len(q), device=q.device)
+        keys[rows, :, self.lengths], values[rows, :, self.lengths] = k, v
+        keys, values = keys[:, :, :longest], values[:, :, :longest]  # (B, K, longest, hd)
+        filled = torch.arange(longest, device=q.device) <= self.lengths[:, None]  # (B, longest)
+        out = F.scaled_dot_product_attention(q[:, :, None], keys, values, filled[:, None, None],
+                                             enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
+        return out[:, :, 0]  # (B, H, hd)
+
+    def advance(self):
+        """Counts the position that a step has filled in all layers."""
+        self.lengths, self.longest = self.lengths + 1, self.longest + 1
 
     def select(self, rows: torch.Tensor):
-        """Keeps only these rows: samples that have ended cost nothing more."""
+        """Keeps these rows only, so that a finished sequence costs nothing more."""
         self.lengths = self.lengths[rows]
-        self.layers = [[t[rows] for t in kv] for kv in self.layers]
+        self.longest = int(self.lengths.max())
+        self.layers = [[t[rows] for t in pair] for pair in self.layers]
 
 
 # --- LLaVA
 
 
 class Projection(nn.Module):
-    """W of Eq. 1, the one new parameter; a bias only where a published projector has one."""
+    """W of Eq. 1, the only new parameter. It has a bias only if a published projector is loaded that has one."""
 
     def __init__(self, vision_dim: int, dim: int, bias: bool = False):
         super().__init__()
-        # Entries of variance 1 / D keep each picture token about as long as the features it comes from.
+        # Entries of variance 1/D: a picture token starts with about the norm of the feature that it projects.
         self.weight = nn.Parameter(torch.randn(dim, vision_dim) / vision_dim**0.5)
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
@@ -275,130 +291,95 @@ class LLaVA(nn.Module):
         super().__init__()
         self.llama, self.vision, self.projector = llama, vision, projector
 
-    def set_trainable(self, stage: int) -> list[nn.Parameter]:
-        """What trains (section 4.2); returns it, for the optimiser.
+    def set_trainable(self, stage: int):
+        """Freezes what does not train (section 4.2).
 
-            stage   ViT      W        LLaMA
-            1       frozen   trains   frozen
-            2       frozen   trains   trains
+        stage   ViT      W        LLaMA
+        1       frozen   trains   frozen
+        2       frozen   trains   trains
         """
         assert stage in (1, 2)
         self.vision.requires_grad_(False)
         self.projector.requires_grad_(True)
         self.llama.requires_grad_(stage == 2)
-        return [p for p in self.parameters() if p.requires_grad]
 
     def embed(self, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        """The input of the language model (Eq. 2): words looked up, H_v written where `ids` holds IMAGE_ID.
+        """The LLM's input: looks up the words and writes H_v where `ids` holds IMAGE_ID. (Eq. 2 drew the place.)
 
-        ids (N,) int64; pixels (pictures, 3, size, size) uint8, in the order of their places in ids. Returns (N, dim).
+        ids (N,) int64; pixels (pictures, 3, size, size) uint8, in the order of their places in ids. Rephases (N, dim).
         """
         with torch.no_grad():  # the ViT is always frozen
             Z_v = self.vision(normalize(pixels))  # (pictures, P, D)
         H_v = self.projector(Z_v)  # (pictures, P, dim)
         at_patch = ids == IMAGE_ID
+        assert int(at_patch.sum()) == H_v.shape[0] * H_v.shape[1], "each patch position needs one feature"
         x = self.llama.tok_embeddings(ids.clamp(min=0))  # (N, dim)
-        assert int(at_patch.sum()) == H_v.shape[0] * H_v.shape[1], "patch positions and features must be as many"
-        # masked_scatter, not a write in place: with no picture it is the identity and W still gets its (zero) gradient.
+        # Without a picture this changes nothing, but W gets a gradient of zeros, which DDP needs.
         return x.masked_scatter(at_patch[:, None], H_v.to(x.dtype).flatten(0, 1))
 
-    def read_prefix(self, ids: torch.Tensor) -> Prefix:
-        """Keys and values (S, K, hd) per layer of the text ids (S,) that every sample starts with.
+    def forward(self, ids: torch.Tensor, green: torch.Tensor, borders: list[int],
+                pixels: torch.Tensor) -> torch.Tensor:  # fmt: skip
+        """Eq. 3: the negative log likelihood of the green tokens of a stream, summed: a scalar, float32.
 
-        They are as constant as the LLaMA is: in stage 1 and in use they are computed once, in stage 2 once a batch.
+        ids (N,) int64, green (N,) bool, pixels as in `embed`. A sum, not a mean: the training loop divides it once, by
+        the number of green tokens of the global batch, so the gradient does not depend on how that batch is cut.
         """
-        keep: Prefix = []
-        cu_seqlens = torch.tensor([0, len(ids)], dtype=torch.int32, device=ids.device)
-        attend = flat_attention(len(self.llama.layers), cu_seqlens, keep=keep)
-        self.llama(self.llama.tok_embeddings(ids), positions(cu_seqlens), attend)
-        return keep
-
-    def forward(self, ids: torch.Tensor, green: torch.Tensor, cu_seqlens: torch.Tensor, pixels: torch.Tensor,
-                prefix: Prefix | torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """Eq. 3: the loss of the green tokens, as (sum of their negative log likelihoods, their count).
-
-        ids (N,) int64 and green (N,) bool of the flat batch, cu_seqlens (B+1,) int32, pixels as in `embed`.
-        prefix: what `read_prefix` returned for the ids that have been left off every sample; or those ids themselves,
-        (S,) int64, to be read here so that the gradient of the LLaMA reaches them.
-
-        The two travel apart: the sum over micro-batches and ranks is divided once, by the count over all of them,
-        so that the gradient does not depend on how a global batch is cut up.
-        """
-        if isinstance(prefix, torch.Tensor):  # it goes into the stream, once, before the samples
-            S = len(prefix)
-            ids, green = torch.cat([prefix, ids]), torch.cat([green.new_zeros(S), green])  # (S+N,) each, N from here on
-            at = torch.cat([torch.arange(S, device=ids.device), positions(cu_seqlens, S)])
-            attend = flat_attention(len(self.llama.layers), cu_seqlens, S)
-        else:
-            at = positions(cu_seqlens, len(prefix[0][0]) if prefix else 0)
-            attend = flat_attention(len(self.llama.layers), cu_seqlens, prefix)
+        target = green.nonzero().squeeze(1)  # (M,)
+        x = self.embed(ids, pixels)  # (N, dim)
         # The position before a green token predicts it. A sample never starts green, so both are of one sample.
-        is_target = green.nonzero().squeeze(1)  # (M,)
-        x = self.llama(self.embed(ids, pixels), at, attend, wanted=is_target - 1)  # (M, dim)
-        logits = self.llama.logits(x)  # (M, vocab): nowhere else do logits exist
-        nll = F.cross_entropy(logits.float(), ids[is_target], reduction="sum")
-        return nll, torch.tensor(len(is_target), device=ids.device)
+        x = self.llama(x, positions(borders, ids.device), StreamAttention(borders), wanted=target - 1)  # (M, dim)
+        logits = self.llama.logits(x)  # (M, vocab_size)
+        return F.cross_entropy(logits.float(), ids[target], reduction="sum")
 
     @torch.no_grad()
-    def generate(self, ids: torch.Tensor, cu_seqlens: torch.Tensor, pixels: torch.Tensor, stop: Sequence[int],
-                 max_new_tokens: int, prefix: Prefix | None = None, temperature: float = 0.0, top_p: float = 1.0,
+    def generate(self, ids: torch.Tensor, borders: list[int], pixels: torch.Tensor, stop: Sequence[int],
+                 max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
                  seed: int = 0) -> Iterator[dict[int, int]]:  # fmt: skip
-        """Answers B prompts at once, of any lengths, each until it says `stop`.
+        """Answers the B prompts of a stream together, each until it ends with `stop`.
 
-        ids, cu_seqlens, pixels: a flat batch of prompts, as for `forward`; prefix: from `read_prefix`.
-        stop: ids of <STOP>; it is not part of the answer that it ends.
-        temperature: 0 = the likeliest token, always. top_p: sample among the fewest tokens that hold this probability.
-        seed: each prompt draws from a generator of its own, so an answer does not depend on its neighbours.
+        ids (N,), pixels: as in `embed`. stop: the ids of <STOP>.
+        temperature: 0 = always the most likely token.
+        top_p: samples among the fewest tokens that hold this probability.
+        seed: each prompt has its own generator, so its answer does not depend on its neighbours.
 
-        Yields {prompt index: its new token} step by step; the tokens of `stop` come too. See `answers`.
+        Yields {prompt index: its new token} after each step, the tokens of `stop` included.
         """
-        S = 0 if prefix is None else len(prefix[0][0])
-        keep = []
-        attend = flat_attention(len(self.llama.layers), cu_seqlens, prefix, keep)
-        last = cu_seqlens[1:].long() - 1  # of each prompt
-        x = self.llama(self.embed(ids, pixels), positions(cu_seqlens, S), attend, wanted=last)  # (B, dim)
-        cache = KVCache(keep, cu_seqlens, prefix)
-        rows = list(range(len(cu_seqlens) - 1))  # the prompts still being answered
-        said = [[] for _ in rows]
-        dice = [torch.Generator().manual_seed(seed + i) for i in rows]
+        cache = KVCache(borders, ids.device)
+        last = torch.tensor(borders[1:], device=ids.device) - 1  # of each prompt
+        x = self.llama(self.embed(ids, pixels), positions(borders, ids.device), cache.prefill, wanted=last)  # (B, dim)
+        rows = list(range(len(last)))  # the prompts whose answers continue
+        answers = [[] for _ in rows]
+        rngs = [torch.Generator().manual_seed(seed + i) for i in rows]
         for step in range(max_new_tokens):
-            tokens = choose(self.llama.logits(x).float().cpu(), temperature, top_p, [dice[i] for i in rows])
+            tokens = choose(self.llama.logits(x).float().cpu(), temperature, top_p, [rngs[i] for i in rows])
             for i, token in zip(rows, tokens):
-                said[i].append(token)
+                answers[i].append(token)
             yield dict(zip(rows, tokens))
-            going = [j for j, i in enumerate(rows) if said[i][-len(stop) :] != list(stop)]
+            going = [j for j, i in enumerate(rows) if answers[i][-len(stop) :] != list(stop)]
             if not going or step + 1 == max_new_tokens:
                 return
             if len(going) < len(rows):
                 cache.select(torch.tensor(going, device=ids.device))
                 rows, tokens = [rows[j] for j in going], [tokens[j] for j in going]
-            x = self.llama.tok_embeddings(torch.tensor(tokens, device=ids.device))  # (B still going, dim)
-            x = self.llama(x, cache.lengths, cache.attention())
-            cache.lengths = cache.lengths + 1
+            x = self.llama.tok_embeddings(torch.tensor(tokens, device=ids.device))  # (rows, dim)
+            x = self.llama(x, cache.lengths, cache.step)
+            cache.advance()
 
-    def answers(self, ids: torch.Tensor, cu_seqlens: torch.Tensor, pixels: torch.Tensor, stop: Sequence[int],
+    def answers(self, ids: torch.Tensor, borders: list[int], pixels: torch.Tensor, stop: Sequence[int],
                 max_new_tokens: int, **settings) -> list[list[int]]:  # fmt: skip
-        """All of `generate`: the new ids of each prompt, without <STOP>."""
-        said = [[] for _ in range(len(cu_seqlens) - 1)]
-        for step in self.generate(ids, cu_seqlens, pixels, stop, max_new_tokens, **settings):
+        """Runs `generate` to its end: the new ids of each prompt, without <STOP>."""
+        answers = [[] for _ in borders[1:]]
+        for step in self.generate(ids, borders, pixels, stop, max_new_tokens, **settings):
             for i, token in step.items():
-                said[i].append(token)
-        return [a[: -len(stop)] if a[-len(stop) :] == list(stop) else a for a in said]
+                answers[i].append(token)
+        return [a[: -len(stop)] if a[-len(stop) :] == list(stop) else a for a in answers]
 
 
-def positions(cu_seqlens: torch.Tensor, start: int = 0) -> torch.Tensor:
-    """Positions (N,) within their samples, the first being `start`: [0, 3, 5] -> 0 1 2 0 1."""
-    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
-    total = int(cu_seqlens[-1])
-    return start + torch.arange(total, device=cu_seqlens.device) - cu_seqlens[:-1].repeat_interleave(lengths)
-
-
-def choose(logits: torch.Tensor, temperature: float, top_p: float, dice: list[torch.Generator]) -> list[int]:
-    """The next token of each row of logits (B, vocab)."""
-    if temperature == 0:
+def choose(logits: torch.Tensor, temperature: float, top_p: float, rngs: list[torch.Generator]) -> list[int]:
+    """The next token of each row of logits (B, vocab_size)."""
+    if temperature < 1e-30:  # 0, or so near to it that float32 would overflow
         return logits.argmax(-1).tolist()
-    temperature = max(temperature, 1e-30)  # 1 / 1e-39 is infinite in fp32
     p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
-    p[:, 1:] = p[:, 1:].masked_fill((p.cumsum(-1) - p)[:, 1:] >= top_p, 0)  # drop what lies wholly beyond top_p
-    drawn = [torch.multinomial(row, 1, generator=die) for row, die in zip(p, dice)]
+    p[p.cumsum(-1) - p >= top_p] = 0  # the tokens beyond top_p; the first always stays
+    drawn = [torch.multinomial(row, 1, generator=rng) for row, rng in zip(p, rngs)]
     return order.gather(-1, torch.stack(drawn)).squeeze(-1).tolist()

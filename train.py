@@ -1,535 +1,509 @@
 """Trains LLaVA: what trains in which stage, the schedule, and the one loop (section 4.2 of the paper).
 
-    torchrun train.py --stage 1                       # W alone, on captioned pictures; no paths: the demo
-    torchrun train.py --stage 2                       # W and the LLaMA, on conversations; starts from runs/stage1
+    torchrun train.py --stage 1                       # W alone, on captioned pictures; without paths: the demo
+    torchrun train.py --stage 2                       # W and the LLaMA, as a chatbot; starts from runs/stage1
+    torchrun train.py --stage 2 --task scienceqa      # W and the LLaMA, on ScienceQA
     torchrun --nproc_per_node 8 train.py --stage 1 \\
         --llama vicuna-13b-v0 --vision ViT-L-14.pt --data chat.json --images images.zip
-    python train.py --plan --llama vicuna-13b-v0      # what fits on which GPUs
 
-One process without torchrun works as well. The loss of a global batch is the sum of the green tokens' negative log
-likelihoods over their count, over all micro-batches and processes (Eq. 3): how the batch is cut up changes nothing.
+`python train.py` does the same in one process. The loss of a global batch is the negative log likelihood of its green
+tokens, summed over all micro-batches and processes and divided once by their number (Eq. 3).
+
+distributed.py connects the processes: `by_process_0` calls a function in process 0 and returns its value in all,
+`exchanged` collects numbers of all processes, and `gathered` lines.
 """
 
 import argparse
+import contextlib
 import json
 import math
+import multiprocessing
 import os
-import shutil
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import checkpoint
-import demo
-import plan
-import plots
-from conversation import TEMPLATE, HelpForm, UserError, run_command, system_ids
-from data import SCIENCEQA_PROMPT, Encoder, Example, Examples, Pictures, ScienceQA, Steps, ask
-from model import LLaVA, Prefix
-from parallel import PARALLEL, by_process_0, from_outside, gathered, leave, start_processes, summed
-from vision import PREPROCESSING
+from common import (
+    HelpFormatter,
+    UserError,
+    append_lines,
+    read_json,
+    reason,
+    replacing,
+    run_command,
+    shorten,
+    write_error,
+    write_json,
+)
+from conversation import TEMPLATE
+from data import SCIENCEQA_PROMPT, Encoder, Examples, Pictures, ScienceQA, Step, Steps
+from distributed import by_process_0, clip_gradients, distribute, exchanged, full_state, gathered, processes, restore
+from model import LLaVA
+from vision import FEATURE_LAYER, PREPROCESSING
 
-PAPER = {  # section 4.2: what each run of the paper uses
+PAPER = {  # section 4.2: the settings of each run of the paper
     "stage1": dict(epochs=1, batch_size=128, lr=2e-3, sampling="proportional"),
     "chat": dict(epochs=3, batch_size=32, lr=2e-5, sampling="uniform"),
     "scienceqa": dict(epochs=12, batch_size=32, lr=2e-5, sampling="proportional"),
 }
 MAX_GRAD_NORM = 1.0
-MAY_CHANGE = {"workers", "log_every", "save_every", "micro_batch_tokens", "images", "max_length", "max_bad_samples",
-              "max_bad_steps", "tensorboard"}  # on resuming  # fmt: skip
+WORKER_TIMEOUT = 300  # seconds without a step from the data workers, after which the run ends
+WORKER_POLL = 5  # seconds between two looks at the data workers
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+MAY_CHANGE = {"checkpoint_activations", "images", "log_every", "max_bad_samples", "max_length", "micro_batch_tokens",
+              "parallel", "save_every", "workers"}  # flags that may differ when a run continues  # fmt: skip
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> float:
-    """Cosine schedule: from near 0 up to `peak` over the warm-up's steps, then down along a half cosine to near 0."""
-    warmup = math.ceil(steps * warmup_ratio)
+def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> float:
+    """Cosine schedule: rises linearly to `peak` over the warm-up, then falls along half a cosine to near 0."""
+    warmup = math.ceil(total * warmup_ratio)
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    def paper(name):
-        return "default: " + ", ".join(f"{run} {how[name]}" for run, how in PAPER.items()) + "; in the demo its own"
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpForm)
-    add = parser.add_argument_group("what is trained").add_argument
-    add("--stage", type=int, choices=(1, 2), help="1: W alone trains; 2: W and the LLaMA; the ViT never does")
-    add("--task", choices=("chat", "scienceqa"), help="of stage 2: a chatbot, or ScienceQA (default: chat)")
-    add = parser.add_argument_group("inputs (none of them: the demo)").add_argument
-    add("--llama", metavar="DIR", help="LLaMA or Vicuna: Meta's raw folder, a Hugging Face folder, a run of stage 2; "
-        "or a finished LLaVA, whose W is started from")  # fmt: skip
-    add("--llama-base", metavar="DIR", help="the LLaMA that --llama holds deltas over, as Vicuna v0 was released")
-    add("--vision", metavar="PATH", help="CLIP: OpenAI's ViT-L-14.pt or a Hugging Face folder (default: that of a "
-        "LLaVA of transformers)")  # fmt: skip
-    add("--projector", metavar="FILE", help="a W to start from: projector.pth or mm_projector.bin (default: a LLaVA's "
-        "own, else noise)")  # fmt: skip
-    add("--init-from", metavar="RUN", help="start from this run's LLaMA, ViT and W instead of --llama, --vision and "
-        "--projector (the demo's stage 2: runs/stage1; `none`: W from noise, the paper's ablation)")  # fmt: skip
-    add("--data", nargs="+", metavar="PATH", help="LLaVA JSON (stage 1: chat.json of CC3M-595K; stage 2: "
-        "llava_instruct_150k.json or its three parts), captions, or a ScienceQA folder")  # fmt: skip
-    add("--images", metavar="PATH", help="folder or zip that the data's picture paths are relative to")
-    add("--missing-pictures-as-text", action="store_true", help="ask ScienceQA problems without absent pictures")
-    add = parser.add_argument_group("the run").add_argument
-    add("--out", metavar="DIR", help="run directory (default runs/stage1, runs/chat or runs/scienceqa)")
-    add("--epochs", type=int, help=f"passes over the data ({paper('epochs')})")
-    add("--batch-size", type=int, help=f"samples of a step over all processes ({paper('batch_size')})")
-    add("--micro-batch-tokens", type=int, default=16384, help="positions that a process computes on at once")
-    add("--lr", type=float, help=f"peak learning rate ({paper('lr')})")
-    add("--warmup-ratio", type=float, default=0.03, help="share of the steps in which the learning rate rises")
-    add("--max-length", type=int, default=2048, help="positions of a sample; longer ones are cut, never in a picture")
-    add("--max-steps", type=int, help="stop after so many steps (default: epochs decide)")
-    add("--seed", type=int, default=0, help="of W's noise, the samples' order and what is drawn for a caption")
-    add("--sampling", choices=("uniform", "proportional"),
-        help="uniform: each response type as often (the paper's, default for chat); proportional: each sample once an "
-        "epoch")  # fmt: skip
-    add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="ddp: each process holds the whole model; fsdp: its "
-        "share of each block, of its gradients and of the optimiser's state")  # fmt: skip
-    add("--precision", choices=("bf16", "fp32"), help="of the matrix products (default: bf16 on GPUs, else fp32)")
-    add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on where --out was left")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the LLaMA's blocks")
-    add("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
-        help="recompute each block in the backward pass: less memory, more time")  # fmt: skip
-    add("--save-every", type=int, default=500, help="steps between training states; 0 = only at the end")
-    add("--max-bad-samples", type=int, default=0, help="so many times a sample that cannot be read is left out")
-    add("--max-bad-steps", type=int, default=0, help="so many steps whose loss is no number are left out")
-    add("--log-every", type=int, default=1, help="steps between lines of metrics.jsonl")
-    add("--tensorboard", action="store_true", help="these lines also as RUN/tensorboard (pip install tensorboard)")
-    add("--workers", type=int, default=2, help="processes that decode pictures; 0 = the main process does")
-    add = parser.add_argument_group("nothing run, but counted").add_argument
-    add("--plan", action="store_true", help="print what each GPU would hold of --llama (and --vision; default: "
-        "ViT-L/14) in each stage, or in --stage, and whether it fits")  # fmt: skip
-    add("--gpus", type=int, default=8, help="of the plan")
-    add("--gpu-memory", type=int, default=80, metavar="GIB", help="of each of them")
-    a = parser.parse_args(argv)
-
-    if a.plan:
-        return a
-    if a.llama and not a.vision and (Path(a.llama) / "config.json").is_file():
-        a.vision = a.llama if checkpoint.kind_of(a.llama) == checkpoint.HF_LLAVA else None  # its own
-    if a.stage is None:
-        raise UserError("--stage missing: 1 trains W alone, 2 W and the LLaMA")
-    if a.stage == 1 and a.task:
-        raise UserError(f"--task {a.task}: is of stage 2; stage 1 has one task, captions")
-    a.name = "stage1" if a.stage == 1 else a.task or "chat"
-    a.task = None if a.stage == 1 else a.name
-    a.out = Path(a.out or f"runs/{a.name}")
-    a.demo = not (a.llama or a.vision or a.data)
-    if a.demo and (a.images or a.projector or a.llama_base):
-        raise UserError("--images, --projector and --llama-base go with --llama, --vision and --data; without any of "
-                        "them: the demo")  # fmt: skip
-    if a.demo and a.stage == 2:
-        a.init_from = a.init_from or "runs/stage1"
-    if a.demo and a.init_from in (None, "none"):
-        a.llama, a.vision, a.init_from = demo.LLAMA, demo.VISION, None
-    needed = ("init_from", "data") if a.init_from else ("llama", "vision", "data")
-    missing = [f"--{name.replace('_', '-')}" for name in needed if not getattr(a, name)]
-    if missing and not a.demo:
-        raise UserError(f"{' and '.join(missing)} missing: give --llama, --vision and --data, or --init-from and "
-                        "--data, or none of them for the demo")  # fmt: skip
-    if a.init_from and (a.llama or a.vision or a.projector or a.llama_base):
-        raise UserError("--init-from brings the LLaMA, the ViT and W of its run; leave out --llama, --llama-base, "
-                        "--vision and --projector")  # fmt: skip
-    defaults = PAPER[a.name] | (demo.SETTINGS[a.name] if a.demo else {})
-    for name, value in defaults.items():
-        if getattr(a, name, None) is None:
-            setattr(a, name, value)
-    for name in ("epochs", "batch_size", "micro_batch_tokens", "max_length", "log_every"):
-        if getattr(a, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be 1 or more")
-    for name in ("save_every", "workers", "lr", "seed", "max_bad_samples", "max_bad_steps"):
-        if not 0 <= getattr(a, name) < 2**63:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be a number, 0 or more, below 2**63")
-    if a.max_steps is not None and a.max_steps < 1:
-        raise UserError(f"--max-steps {a.max_steps}: must be 1 or more")
-    if a.parallel == "fsdp" and "RANK" not in os.environ:
-        raise UserError("--parallel fsdp: shares the model between processes; start it by torchrun")
-    if not 0 <= a.warmup_ratio <= 1:
-        raise UserError(f"--warmup-ratio {a.warmup_ratio}: must lie in 0..1")
-    if a.tensorboard:
-        try:
-            from torch.utils import tensorboard  # noqa: F401
-        except ImportError:
-            raise UserError("--tensorboard: needs a package that is missing: pip install tensorboard") from None
-    return a
+# --- the run directory
 
 
-class Interrupt:
-    """Ctrl-C and SIGTERM ask for an end after the current step, so that the run directory is left whole."""
-
-    asked = 0
-
-    def __init__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
-
-    def ask(self, number, frame):
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C: at once
-        self.asked = number
-
-
-def leave_signals_to_parent(worker: int):
-    """In a process that decodes pictures: it ends when the process that trains does, which may have to save first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-# --- the run
-
-
-def settings_of(a: argparse.Namespace) -> dict:
-    """Every flag as JSON keeps it; paths are absolute, so that another way to write one is no other setting."""
-    settings = {k: v for k, v in vars(a).items() if k not in ("resume", "out", "plan", "gpus", "gpu_memory")}
-    for name in ("llama", "llama_base", "vision", "projector", "init_from", "images"):
-        settings[name] = settings[name] and str(Path(settings[name]).resolve())
-    return settings | {"data": [str(Path(path).resolve()) for path in a.data]}
-
-
-def settings_begun(out: Path) -> dict | None:
-    """The settings that the run in this directory was begun with; None if none was. It may hold nothing else."""
-    path, begun = out / "config.json", None
+def settings_in(out: Path) -> dict | None:
+    """The settings with which the run in a directory began; None if it is new. Refuses any other directory."""
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file, and no run directory; give another --out")
-    if out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
-        begun = checkpoint.read_json(path, dict).get("settings") if path.is_file() else None
-        if not isinstance(begun, dict):
-            raise UserError(f"{out}: is there already and is no run of train.py; give another --out")
-    return begun
+        raise UserError(f"{out}: a file, not a run directory; give another --out")
+    if not out.is_dir() or all(entry.name.startswith(".") for entry in out.iterdir()):
+        return None
+    path = out / "config.json"
+    settings = read_json(path, dict).get("settings") if path.is_file() else None
+    if not isinstance(settings, dict):
+        raise UserError(f"{out}: exists and is not a run of train.py; give another --out")
+    return settings
 
 
 def lock(out: Path):
-    """Keeps a run directory for this process, as long as what is returned lives. Raises UserError if another has it."""
+    """Reserves a run directory for this process until it ends. Raises UserError if another process has it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = open(out / ".lock", "w")
+        file = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)  # a number, which no garbage collection closes
+        import fcntl  # absent on Windows
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except BlockingIOError:
+        raise UserError(f"{out}: another train.py runs in it; wait for it, or give another --out") from None
     except OSError as error:
-        raise UserError(f"{out}: cannot be made a run directory ({error.strerror}); give another --out") from None
-    try:
-        import fcntl
-
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: its lock lives on in forked workers
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"{out}: another train.py is at work in it; wait for its end, or give another --out") from None
-    except (ImportError, OSError):
-        pass  # a system or a disk without locks
-    return file
+        raise write_error(out, error) from None
 
 
-def enter_run(a: argparse.Namespace, config: dict, rank: int) -> dict | None:
-    """Begins the run directory, or re-enters it: then returns the state to go on from.
+def enter_run(a: argparse.Namespace, config: dict) -> dict | None:
+    """Returns the state that the run in --out continues from, or None after starting the directory anew.
 
-    A directory begun with other settings is refused, so that no run goes on as something that it is not; and so is a
-    finished run that would be lost.
+    Refuses to continue a run with other settings, and to overwrite a finished one that has no state.
     """
-    begun = settings_begun(a.out)  # again: before the lock, another run may have begun
-    if a.resume and begun is not None:
-        state = next(filter(None, (way.saved(a.out) for way in PARALLEL.values())), None)  # another way is refused
-        for name, now in config["settings"].items():
-            if state and name not in MAY_CHANGE and begun.get(name, now) != now:
-                raise UserError(
-                    f"{a.out}: was begun with --{name.replace('_', '-')} {begun.get(name)}, now it is {now}; "
-                    "go on with the same settings, or give another --out, or --no-resume to begin anew"
-                )
-        if state:
-            return state
-        if (a.out / "projector.pth").is_file():
-            raise UserError(f"{a.out}: holds a trained W but no state/ to go on from; give another --out, or "
-                            "--no-resume to train it anew")  # fmt: skip
-    if rank == 0:
-        try:
-            shutil.rmtree(a.out / "state", ignore_errors=True)
-            # The run is not usable until it has its own.
-            for name in ("projector.pth", "exam.json", "bad_steps.jsonl", "loss.png"):
-                (a.out / name).unlink(missing_ok=True)
-            checkpoint.write_json(a.out / "config.json", config)
-            (a.out / "metrics.jsonl").write_text("")
-        except OSError as error:
-            raise UserError(f"{a.out}: cannot be made a run directory ({error.strerror}); give another --out") from None
-    return None
-
-
-def keep_metrics(path: Path, step: int):
-    """Drops the lines of steps that are not in the state that the run goes on from, and what is no line of metrics."""
-    kept = []
-    for line in path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []:
-        with suppress(ValueError, KeyError, TypeError):
-            kept += [line] * (line.endswith("\n") and json.loads(line)["step"] <= step)
-    with checkpoint.replacing(path) as file:
-        file.write("".join(kept).encode())
-
-
-def open_board(folder: Path, step: int):
-    """A writer of TensorBoard's files, which hides what older ones hold of later steps than this."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    try:
-        return SummaryWriter(folder, purge_step=step + 1)
-    except OSError as error:
-        raise checkpoint.unwritten(folder, error) from None
-
-
-def note(path: Path, board=None, **line):
-    """Adds a line of JSON, and its numbers to TensorBoard's files if there is a board."""
-    try:
-        with open(path, "a") as file:
-            print(json.dumps(line), file=file)
-        if board:
-            for name in line.keys() - {"step"}:
-                if line[name] is not None:
-                    board.add_scalar(name, line[name], line["step"])
-            board.flush()
-    except OSError as error:
-        raise checkpoint.unwritten(path, error) from None
-
-
-def sit_exam(name: str, model: LLaVA, encode: Encoder, prefix: Prefix | None, shift: int = 0) -> list[str]:
-    """The model's answers to what the demo asks about its held-out scenes."""
-    prompts = [Example(image, [text], image) for text, image in demo.exam(name, shift)]
-    return ask(model, encode, prompts, prefix, max_new_tokens=64)
-
-
-def start_model(a: argparse.Namespace, dtype: torch.dtype) -> tuple[LLaVA, Path, dict[str, str]]:
-    """The model that training starts from, its tokenizer.model, and where its LLaMA and ViT came from.
-
-    What is frozen is held in the compute dtype, what trains in fp32 (fsdp: where it is shared; until then as it is).
-    """
-    llama_dtype = dtype if a.stage == 1 else None if a.parallel == "fsdp" else torch.float32
-    if a.init_from:
-        model, _, begun = checkpoint.load_run(a.init_from, llama_dtype)
-        model.vision.to(dtype)
-        model.projector.float()
-        llama, vision = checkpoint.llama_of(a.init_from, begun), begun["vision"]
-        base = begun.get("llama_base") if begun["stage"] == 1 else None
+    by_process_0(lambda: lock(a.out))
+    begun = by_process_0(lambda: settings_in(a.out))
+    state = checkpoint.load_state(a.out) if a.resume else None
+    if state:
+        for name, value in config["settings"].items():
+            if name not in MAY_CHANGE and begun.get(name, value) != value:
+                raise UserError(f"{a.out}: began with --{name.replace('_', '-')} {begun.get(name)}, now it is {value}; "
+                                "continue with the same settings, or give another --out, or --no-resume to start "
+                                "again")  # fmt: skip
+    elif a.resume and (a.out / "projector.pth").is_file():
+        raise UserError(f"{a.out}: holds a trained W but no state.pth to continue from; give another --out, or "
+                        "--no-resume to train it again")  # fmt: skip
     else:
-        llama, vision, base = a.llama, a.vision, a.llama_base
-        finished = checkpoint.kind_of(llama) in (checkpoint.FIRST_LLAVA, checkpoint.HF_LLAVA)
-        projector = a.projector or (llama if finished else None)
-        model = checkpoint.build(checkpoint.load_llama(llama, llama_dtype, base),
-                                 checkpoint.load_vision(vision, checkpoint.feature_layer_of(llama), dtype),
-                                 projector and checkpoint.load_projector(projector), a.seed)  # fmt: skip
-    origin = dict(llama=llama, vision=vision) | (dict(llama_base=base) if base else {})
-    return model, Path(llama) / "tokenizer.model", {name: str(Path(path).resolve()) for name, path in origin.items()}
+        by_process_0(lambda: start_run(a.out, config))
+    return state
 
 
-def train(a: argparse.Namespace, rank: int, world: int, device: torch.device):
-    say = print if rank == 0 else (lambda *_: None)
-    settings_begun(a.out)  # a wrong --out is told before anything is read
-    if a.demo:
-        by_process_0(lambda: demo.prepare(demo.FOLDER), rank)
-        a.data, a.images = demo.data_of(a.name)
-    examples = Examples(a.data, a.seed, absent="text" if a.missing_pictures_as_text else "refuse")
-    is_scienceqa = [isinstance(part, ScienceQA) for part in examples.parts]
-    if any(is_scienceqa) != (a.name == "scienceqa") or len(set(is_scienceqa)) > 1:
-        raise UserError(f"--data holds {examples.describe()}; a ScienceQA folder, and nothing else, goes with "
-                        "--stage 2 --task scienceqa")  # fmt: skip
-    if a.name == "scienceqa" and not a.images:
-        a.images = a.data[0]
-    if not a.images and any(examples[int(first)].image for first in examples.starts[:-1]):
-        raise UserError("--images missing: the samples have pictures; give their folder or zip")
-    say(f"data: {examples.describe()}")
-    if absent := sum(len(part.missing) for part in examples.parts if isinstance(part, ScienceQA)):
-        say(f"{absent} pictures are absent; those problems are asked without one")
+def start_run(out: Path, config: dict):
+    """Removes what an earlier run left and writes config.json."""
+    for name in ("projector.pth", "state.pth", "exam.json", "loss.png"):
+        (out / name).unlink(missing_ok=True)
+    write_json(out / "config.json", config)
+    with replacing(out / "metrics.jsonl"):
+        pass
 
-    pictures = a.images and Pictures(a.images)
-    precision = a.precision = a.precision or ("bf16" if device.type == "cuda" else "fp32")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model, tokenizer, origin = start_model(a, dtype)
-    if a.llama and not a.demo:
-        say(f"{a.llama}: {checkpoint.describe(a.llama)}" + (f", deltas over {a.llama_base}" if a.llama_base else ""))
+
+def resume(out: Path, state: dict, net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Restores model and optimizer, and drops the metrics of the steps to repeat -> the number of steps taken."""
+    try:
+        restore(net, optimizer, state)
+    except Exception as error:  # a damaged state raises nearly any error
+        raise UserError(f"{out / 'state.pth'}: of another model or damaged ({reason(error)}); restore what the run "
+                        "began with, or give --no-resume to start again") from None  # fmt: skip
+    by_process_0(lambda: drop_metrics_after(out / "metrics.jsonl", state["step"]))
+    return state["step"]
+
+
+def drop_metrics_after(path: Path, step: int):
+    """Removes the lines of later steps, and a line that was cut off when the run was killed."""
+    lines = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                lines.append(line + "\n")
+    with replacing(path) as file:
+        file.write("".join(lines).encode())
+
+
+def append_metrics(path: Path, **values):
+    append_lines(path, [json.dumps(values)])
+
+
+# --- signals
+
+
+class Interrupt:
+    """Ctrl-C, SIGTERM and SIGHUP (a closed terminal) end the run after the current step, with its state saved."""
+
+    received = 0  # the number of the signal
+
+    def __init__(self):
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self.request)
+
+    def request(self, number, frame):
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C ends the process at once
+        self.received = number
+        if number == getattr(signal, "SIGHUP", None):
+            for stream in (1, 2):  # the terminal is gone, and printing to it would raise
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
+def ignore_signals(worker: int):
+    """In a data worker: the training process, which may have to save first, ends it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+# --- what training starts from
+
+
+def starting_model(a: argparse.Namespace, dtype: torch.dtype) -> tuple[LLaVA, Path, Path]:
+    """The model, and the paths of its LLaMA and its ViT.
+
+    Frozen parts are held in the compute dtype, and what trains in float32 (for fsdp as stored: sharding casts it).
+    """
+    llama_dtype: torch.dtype | None = dtype
+    if a.stage == 2:
+        llama_dtype = None if a.parallel == "fsdp" else torch.float32
+    if a.init_from:
+        model, _, config = checkpoint.load_run(a.init_from, llama_dtype)
+        model.vision.to(dtype)
+        llama, vision = checkpoint.llama_path(a.init_from, config), checkpoint.vision_path(a.init_from)
+    else:
+        llama, vision = Path(a.llama), Path(a.vision)
+        projector = checkpoint.load_projector(a.projector) if a.projector else None
+        model = checkpoint.build(checkpoint.load_llama(llama, llama_dtype),
+                                 checkpoint.load_vision(vision, FEATURE_LAYER, dtype), projector, a.seed)  # fmt: skip
+    model.set_trainable(a.stage)
     model.llama.checkpoint_activations = a.checkpoint_activations
-    if a.parallel == "ddp":
-        model.to(device)
     if a.compile:
         for layer in model.llama.layers:
             layer.compile(dynamic=True)
-    trains = sum(p.numel() for p in model.set_trainable(a.stage))
-    frozen = sum(p.numel() for p in model.parameters()) - trains
-    say(f"model: {trains:,} parameters train, {frozen:,} are frozen; {precision} on {world} x {device.type}")
+    return model, llama, vision
 
-    # Every sample starts with the system message: it is read once for all. In stage 1 the LLaMA is constant, and so
-    # is what it makes of it; in stage 2 it is read with each batch, as ids, so that the gradient reaches it.
-    sp = checkpoint.open_tokenizer(tokenizer, model.llama)
-    prefix_ids = torch.tensor(system_ids(sp))
 
-    def autocast(on: torch.device):
-        return torch.autocast(on.type, torch.bfloat16, enabled=precision == "bf16")
+def open_examples(a: argparse.Namespace) -> tuple[Examples, Pictures | None]:
+    examples = Examples(a.data, a.seed, absent="text" if a.missing_pictures_as_text else "refuse")
+    if any(isinstance(part, ScienceQA) != (a.name == "scienceqa") for part in examples.parts):
+        raise UserError(f"--data holds {shorten(part.kind for part in examples.parts)}; --stage 2 --task scienceqa "
+                        "takes a ScienceQA folder and nothing else, other runs take none")  # fmt: skip
+    images = a.images or (a.data[0] if a.name == "scienceqa" else None)
+    if not images and any(examples[int(first)].image for first in examples.starts[:-1]):
+        raise UserError("--images missing: the samples have pictures; give their folder or zip")
+    return examples, Pictures(images) if images else None
 
-    def read_prefix():
-        ids = prefix_ids.to(model.projector.weight.device)
-        with autocast(ids.device), torch.no_grad():
-            return model.read_prefix(ids)
 
-    if a.stage == 1:
-        prefix = [(k.to(device), v.to(device)) for k, v in read_prefix()]
-    else:
-        prefix = prefix_ids.to(device)
-    n_patches, size = model.vision.config.n_patches, model.vision.config.image_size
-    if a.max_length < len(prefix_ids) + n_patches + 2:
-        raise UserError(f"--max-length {a.max_length}: a picture and the system message alone take "
-                        f"{len(prefix_ids) + n_patches}")  # fmt: skip
-    encode = Encoder(sp, n_patches, size, pictures, a.max_length, prefix_ids.tolist())
+def run_config(a: argparse.Namespace, model: LLaVA, llama: Path, vision: Path, n_samples: int) -> dict:
+    """config.json: every flag, and what evaluation and chat must agree with."""
+    settings = {name: value for name, value in vars(a).items() if name not in ("resume", "out", "name")}
+    for name in ("llama", "vision", "projector", "init_from", "images"):
+        settings[name] = settings[name] and checkpoint.portable(settings[name], a.out)
+    settings |= {"data": [checkpoint.portable(path, a.out) for path in a.data], "samples": n_samples}
+    return dict(settings=settings, stage=a.stage, template=TEMPLATE, prompt=SCIENCEQA_PROMPT, precision=a.precision,
+                feature_layer=model.vision.feature_layer, preprocessing=PREPROCESSING, torch=torch.__version__,
+                llama=checkpoint.portable(llama, a.out), vision=checkpoint.portable(vision, a.out))  # fmt: skip
+
+
+def count(model: LLaVA) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    return f"model: {trained:,} parameters train, {frozen:,} are frozen"
+
+
+# --- the loop
+
+
+def loaded(steps: Steps, order: range, workers: int) -> Iterator[Step]:
+    """Computes steps[t] for each t of `order`, ahead of time in worker processes.
+
+    If a worker dies or is stuck, the last Step holds the failure, so that the run can be saved before it ends.
+    """
+    loader = DataLoader(steps, batch_size=None, sampler=order, num_workers=workers, collate_fn=unchanged,
+                        worker_init_fn=ignore_signals, timeout=WORKER_POLL if workers else 0)  # fmt: skip
+    iterator, waited = iter(loader), 0
+    if hasattr(signal, "SIGCHLD"):  # PyTorch's handler would raise in the middle of a step
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        while waited < WORKER_TIMEOUT:
+            try:
+                step = next(iterator, None)
+            except RuntimeError as error:
+                if "DataLoader timed out" not in str(error):
+                    raise
+                waited += WORKER_POLL
+                continue
+            if step is None:
+                return
+            waited = 0
+            yield step
+        yield Step(failure=f"the data workers are stuck: no step in {waited} s; does the disk of --images respond?")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        yield Step(failure=f"a data worker (--workers) died, perhaps out of memory ({reason(error)}); the same command "
+                           "continues from here")  # fmt: skip
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()  # a stuck worker reacts to nothing else
+
+
+def unchanged(step: Any) -> Step:
+    """Keeps DataLoader from turning arrays into tensors, which would take shared memory to send."""
+    return step
+
+
+def fault_in(step: Step, green: int, bad: int, failed: int, allowed: int) -> str | None:
+    """Why this step cannot be taken, the same in all processes, or None.
+
+    green, bad, failed: green tokens, bad samples and failed loaders of all processes. allowed: bad samples to skip,
+    whose errors are printed.
+    """
+    if failed:
+        return gathered([step.failure] if step.failure else [])[0]
+    errors = gathered(step.errors) if bad else []
+    if bad > allowed:
+        more = f"; and {bad - 3} more" if bad > 3 else ""
+        return (f"{'; '.join(errors[:3])}{more}; correct them (is --images right?) "
+                "and start the same command again, or let --max-bad-samples skip some")  # fmt: skip
+    if not green:
+        why = "no picture of its samples can be read" if bad else "every answer lies beyond --max-length; raise it"
+        return f"its batch has no green token (samples {shorten(gathered(step.ids))}): {why}"
+    if os.environ.get("RANK", "0") == "0":
+        for error in errors:
+            tqdm.write(f"skipped: {error}")
+    return None
+
+
+def train(a: argparse.Namespace, rank: int, world: int, device: torch.device):
+    say = print if rank == 0 else lambda *_: None
+    settings_in(a.out)  # refuses a wrong directory before anything is read
+    a.precision = a.precision or ("bf16" if device.type == "cuda" else "fp32")
+    dtype = torch.bfloat16 if a.precision == "bf16" else torch.float32
+
+    # The data, and the model of which the stage trains a part.
+    examples, pictures = open_examples(a)
+    say("\n".join(examples.describe(a.sampling)))
+    model, llama, vision = starting_model(a, dtype)
+    say(f"{count(model)}; {a.precision} on {world} x {device.type}")
+
+    # steps[t]: the share of this process in global batch t.
+    sp = checkpoint.open_tokenizer(llama / "tokenizer.model", model.llama.config)
+    encode = Encoder(sp, model.vision.config.n_patches, model.vision.config.image_size, pictures, a.max_length)
     steps = Steps(examples, encode, a.batch_size, a.seed, rank, world, a.micro_batch_tokens, a.sampling)
     total = min(a.epochs * steps.per_epoch, a.max_steps or math.inf)
 
-    config = dict(settings=settings_of(a) | {"samples": len(examples)}, stage=a.stage, template=TEMPLATE,
-                  prompt=SCIENCEQA_PROMPT, precision=precision, feature_layer=model.vision.feature_layer,
-                  preprocessing=PREPROCESSING, torch=torch.__version__)  # fmt: skip
-    config |= origin
-    held = []
-    by_process_0(lambda: held.append(lock(a.out)), rank)
-    state = enter_run(a, config, rank)
-    examined = a.demo and rank == 0 and a.name != "scienceqa"  # which eval_scienceqa.py does
-    if examined:
-        with autocast(model.projector.weight.device):
-            before = sit_exam(a.name, model, encode, read_prefix())
+    # The run directory, new or continued.
+    config = run_config(a, model, llama, vision, len(examples))
+    state = enter_run(a, config)
 
-    trainer = PARALLEL[a.parallel](model, device, precision)
-    optimizer = torch.optim.AdamW(trainer.trained.values(), lr=a.lr, weight_decay=0.0, fused=True)
-    start = 0
-    if state:
-        start = state["step"]
-        try:
-            trainer.load(a.out, state, optimizer)
-        except Exception as error:  # of what is damaged, nearly anything
-            if from_outside(error):
-                raise
-            raise UserError(f"{a.out}/state: is of another model or damaged ({checkpoint.reason(error)}); give back "
-                            "what the run was begun with, or --no-resume to begin anew") from None  # fmt: skip
-        say(f"{a.out}: goes on after step {start} of {total}")
-    if rank == 0:
-        keep_metrics(a.out / "metrics.jsonl", start)
-    board = open_board(a.out / "tensorboard", start) if a.tensorboard and rank == 0 else None
+    # The model on the devices, and the optimizer of what trains.
+    net = distribute(model, a.parallel, device, dtype)
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=a.lr, weight_decay=0.0, fused=True)
+    t = start = resume(a.out, state, net, optimizer) if state else 0  # t: steps taken
+    say(f"{a.out}: continues after step {start} of {total}" if state else f"{a.out}: {total} steps")
 
-    def save(step, for_use=True):
-        """The state to go on from, and unless training just goes on, what evaluation and chat use."""
-        trainer.save(a.out, step, optimizer)
-        if for_use and (whole := trainer.whole()):
-            checkpoint.save_run(a.out, whole, config | {"step": step}, tokenizer, a.stage)
-        if dist.is_initialized():
-            dist.barrier()  # no process ends while another still writes
+    def save(for_use: bool):
+        """Saves the state after step t and, for use by evaluation and chat, the parameters that train."""
+        full = full_state(net, optimizer)
+        by_process_0(lambda: checkpoint.save_state(a.out, full, t))
+        if for_use:
+            by_process_0(lambda: checkpoint.save_run(a.out, model.llama.config, full["model"], config | {"step": t},
+                                                     vision, llama / "tokenizer.model"))  # fmt: skip
 
-    loader = DataLoader(steps, batch_size=None, sampler=range(start, total), num_workers=a.workers,
-                        worker_init_fn=leave_signals_to_parent)  # fmt: skip
-    interrupt, cut_samples, bad_samples, bad_steps, began = Interrupt(), 0, 0, 0, time.time()
+    interrupt, failure, bad_samples, cut_samples, began = Interrupt(), None, 0, 0, time.time()
     bar = tqdm(total=total, initial=start, unit="step", desc=f"stage {a.stage}", disable=rank != 0, smoothing=0.1)
-
-    t, none = start, encode.flatten([])  # steps done; a micro-batch of no sample
-    for step in loader:
-        green = sum(int(batch.green.sum()) for batch in step.batches)
-        tokens = sum(len(batch.ids) for batch in step.batches) if step.ids else 0  # no sample: one empty position
-        counts = green, tokens, step.cut, len(step.errors), interrupt.asked
-        green, tokens, cut, bad, asked = summed(*counts, device=device)
-        if asked:
+    for step in loaded(steps, range(start, total), a.workers):
+        # One exchange tells all processes what they must agree on.
+        everyone = exchanged([step.green, step.tokens, step.cut, len(step.errors), bool(step.failure),
+                              interrupt.received, len(step.batches)], device)  # (world, 7)  # fmt: skip
+        green, tokens, cut, bad, failed, signals, _ = (int(n) for n in everyone.sum(0))
+        n_batches = int(everyone[:, -1].max())
+        failure = fault_in(step, green, bad, failed, a.max_bad_samples - bad_samples)
+        if signals or failure:
             break
-        bad_samples += int(bad)
-        errors = gathered(step.errors) if bad else []
-        if (bad_samples > a.max_bad_samples or not green) and t > start:
-            save(t)  # what has been learnt is not lost
-        if bad_samples > a.max_bad_samples:
-            more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
-            raise UserError(f"step {t + 1}: {'; '.join(errors[:3])}{more}; mend that (is --images right?) and start "
-                            "the same again, or leave some out by --max-bad-samples")  # fmt: skip
-        if rank == 0:
-            for error in errors:
-                bar.write(f"step {t + 1}: left out: {error}")
-        if not green:
-            why = "none of them could be read" if bad else "every answer lies beyond --max-length; raise it"
-            raise UserError(f"step {t + 1}: no green token in its batch (samples {', '.join(gathered(step.ids)[:8])}): "
-                            f"{why}")  # fmt: skip
+        bad_samples, cut_samples = bad_samples + bad, cut_samples + cut
+
         lr = learning_rate(t, total, a.lr, a.warmup_ratio)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        nll_sum = 0.0
-        for batch in trainer.in_turn(step.batches, none):
-            with autocast(device):
-                nll, _ = trainer.run(batch.ids, batch.green, batch.cu_seqlens, batch.pixels, prefix)
-            (nll * world / green).backward()  # Eq. 3; times world because processes' gradients are averaged
-            nll_sum += nll.item()
-        grad_norm = trainer.clip(MAX_GRAD_NORM)
-        loss = summed(nll_sum, device=device)[0] / green
-        finite = math.isfinite(loss + grad_norm)
-        if finite:
-            optimizer.step()
-        else:  # the step is not taken
-            bad_steps, samples = bad_steps + 1, gathered(step.ids)
-            if rank == 0:
-                note(a.out / "bad_steps.jsonl", step=t + 1, loss=str(loss), grad_norm=str(grad_norm), ids=samples)
-            if bad_steps > a.max_bad_steps:
-                if t > start:
-                    save(t)
-                raise UserError(f"step {t + 1}: loss {loss}, gradient norm {grad_norm} (samples "
-                                f"{', '.join(samples[:8])}, ...; all in {a.out / 'bad_steps.jsonl'}); lower --lr, or "
-                                "are the weights damaged?")  # fmt: skip
+
+        nll_sum = torch.zeros((), device=device)
+        empty = [encode.stream([])] * (n_batches - len(step.batches))  # for a process with fewer micro-batches
+        for i, batch in enumerate(step.batches + empty):
+            net.require_backward_grad_sync = i + 1 == n_batches  # DDP averages gradients after the last one only
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                nll = net(*batch.to(device))
+            (nll * world / green).backward()  # Eq. 3, a mean over the global batch; times world because DDP averages
+            nll_sum += nll.detach()
+        loss = float(exchanged([nll_sum.item()], device).sum()) / green
+        grad_norm = clip_gradients(parameters, MAX_GRAD_NORM)
+        if not math.isfinite(loss + grad_norm):
+            failure = (f"loss {loss}, gradient norm {grad_norm} (samples {shorten(gathered(step.ids))}); lower --lr, "
+                       "or are the weights damaged?")  # fmt: skip
+            break
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        t, cut_samples = t + 1, cut_samples + int(cut)
-        now = time.time()
-        bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{tokens / (now - began):,.0f}", refresh=False)
+        t += 1
+        seconds, began = time.time() - began, time.time()
+        bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{tokens / seconds:,.0f}", refresh=False)
         bar.update()
         if rank == 0 and (t % a.log_every == 0 or t == total):
-            note(a.out / "metrics.jsonl", board, step=t, loss=loss if finite else None, lr=lr,
-                 grad_norm=grad_norm if finite else None, green_tokens=int(green), tokens=int(tokens),
-                 seconds=round(now - began, 4))  # fmt: skip
-        began = now
+            append_metrics(a.out / "metrics.jsonl", step=t, loss=loss, lr=lr, grad_norm=grad_norm, green_tokens=green,
+                           tokens=tokens, seconds=round(seconds, 4))  # fmt: skip
         if a.save_every and t % a.save_every == 0 and t < total:
-            save(t, for_use=False)
+            save(for_use=False)
     bar.close()
-    if bad_samples or bad_steps:
-        say(f"left out: pictures that could not be read: {bad_samples}; steps that were not taken: {bad_steps}")
-    if cut_samples:
-        say(f"{cut_samples} samples were longer than --max-length {a.max_length} and were cut")
-    saved = checkpoint.read_json(a.out / "config.json", dict).get("step")
-    unsaved = t and (saved != t or checkpoint.lacks(a.out, a.stage))  # else nothing has been learnt since
-    if summed(rank == 0 and bool(unsaved), device=device)[0]:
-        save(t)
-    if rank == 0:
-        with suppress(Exception):  # no picture is a reason to fail
-            plots.loss_curves(a.out)
+    if t > start or (t and checkpoint.missing_file(a.out, a.stage)):
+        save(for_use=True)
+    say(f"{a.out}: {t} of {total} steps done; {bad_samples} samples skipped, {cut_samples} cut to --max-length")
+    if failure:
+        raise UserError(f"step {t + 1}: {failure}")
     if t < total:
-        say(f"stopped after step {t} of {total}; the same command goes on from there ({a.out})")
-        raise SystemExit(128 + (interrupt.asked or signal.SIGTERM))
-    say(f"{a.out}: stage {a.stage} is done, {total} steps")
-    if examined:
-        model = checkpoint.load_run(a.out, dtype)[0].to(device)
-        with autocast(device):
-            after, swapped = (sit_exam(a.name, model, encode, read_prefix(), shift) for shift in (0, 1))
-        checkpoint.write_json(a.out / "exam.json", dict(name=a.name, before=before, after=after, swapped=swapped))
-        say("\n" + demo.report(a.out))
-    if dist.is_initialized():
-        dist.barrier()  # the processes end together: none takes down connections that another still uses
+        say("stopped; the same command continues from here")
+        raise SystemExit(128 + (interrupt.received or signal.SIGTERM))
 
 
-def print_plan(a: argparse.Namespace):
-    for name in ("gpus", "gpu_memory", "micro_batch_tokens"):
-        if getattr(a, name) < 1:
+# --- the command line
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    def paper(name: str) -> str:
+        return "default: " + ", ".join(f"{run} {settings[name]}" for run, settings in PAPER.items()) + "; demo: its own"
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument_group("what trains").add_argument
+    add("--stage", type=int, choices=(1, 2), required=True, help="1: W trains; 2: W and the LLaMA train")
+    add("--task", choices=("chat", "scienceqa"), help="of stage 2: a chatbot or ScienceQA (default: chat)")
+    add = parser.add_argument_group("inputs (without any: the demo)").add_argument
+    add("--llama", metavar="DIR", help="LLaMA or Vicuna: Meta's raw folder, a Hugging Face folder, or a run of stage 2")
+    add("--vision", metavar="PATH", help="CLIP: OpenAI's ViT-L-14.pt or a Hugging Face folder")
+    add("--projector", metavar="FILE", help="the W to start from: projector.pth or mm_projector.bin (default: noise)")
+    add("--init-from", metavar="RUN", help="take the LLaMA, ViT and W of this run; `none`: W starts as noise, the "
+        "paper's ablation (default in stage 2 of the demo: runs/stage1)")  # fmt: skip
+    add("--data", nargs="+", metavar="PATH", help="LLaVA JSON (chat.json of CC3M-595K, llava_instruct_150k.json or its "
+        "three parts), captions, or a ScienceQA folder")  # fmt: skip
+    add("--images", metavar="PATH", help="folder or zip that holds the data's pictures")
+    add("--missing-pictures-as-text", action="store_true", help="use ScienceQA problems without their absent pictures")
+    add = parser.add_argument_group("the run").add_argument
+    add("--out", metavar="DIR", help="run directory (default: runs/stage1, runs/chat or runs/scienceqa)")
+    add("--epochs", type=int, help=f"passes over the data ({paper('epochs')})")
+    add("--batch-size", type=int, help=f"samples of a step, over all processes ({paper('batch_size')})")
+    add("--micro-batch-tokens", type=int, default=16384, help="positions that a process computes at once")
+    add("--lr", type=float, help=f"peak learning rate ({paper('lr')})")
+    add("--warmup-ratio", type=float, default=0.03, help="share of the steps in which the learning rate rises, 0 to 1")
+    add("--max-length", type=int, default=2048, help="positions of a sample; longer ones lose their end")
+    add("--max-steps", type=int, help="stop after this many steps (default: after --epochs)")
+    add("--seed", type=int, default=0, help="seeds W's noise, the order of samples, and the requests for captions")
+    add("--sampling", choices=("uniform", "proportional"), help="draw each file of --data equally often, or each "
+        f"sample once an epoch ({paper('sampling')})")  # fmt: skip
+    add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="each process holds the whole model (ddp) or a "
+        "share of its parameters, gradients and optimizer state (fsdp)")  # fmt: skip
+    add("--precision", choices=("bf16", "fp32"), help="of matrix products (default: bf16 on GPUs, fp32 on CPUs)")
+    add("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue the run in --out")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the LLaMA's blocks")
+    add("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
+        help="recompute each block in the backward pass: less memory, more time")  # fmt: skip
+    add("--save-every", type=int, default=500, help="steps between saved states; 0 = at the end only")
+    add("--max-bad-samples", type=int, default=0, help="how many samples to skip whose picture cannot be read")
+    add("--log-every", type=int, default=1, help="steps between lines of metrics.jsonl")
+    add("--workers", type=int, default=2, help="processes that read pictures; 0 = the training process does")
+    a = parser.parse_args(argv)
+
+    if a.stage == 1 and a.task:
+        raise UserError(f"--task {a.task}: belongs to stage 2; stage 1 trains on captions")
+    a.name = "stage1" if a.stage == 1 else a.task or "chat"
+    a.task = None if a.stage == 1 else a.name
+    a.out = Path(a.out or f"runs/{a.name}")
+    check_inputs(a)
+    for name in ("epochs", "batch_size", "micro_batch_tokens", "max_length", "max_steps", "log_every"):
+        if getattr(a, name) is not None and getattr(a, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be 1 or more")
-    if a.init_from:
-        a.llama = checkpoint.llama_of(a.init_from, checkpoint.read_json(Path(a.init_from) / "config.json", dict))
-    llama = checkpoint.llama_config(a.llama or demo.LLAMA)
-    vision = a.vision or (None if a.llama else demo.VISION)
-    vision = checkpoint.load_vision(vision).config if vision else plan.VIT_L
-    stages = [a.stage] if a.stage else [1, 2]
-    print(plan.table(llama, vision, stages, a.gpus, a.gpu_memory, a.precision or "bf16", a.micro_batch_tokens))
+    for name in ("save_every", "workers", "lr", "seed", "max_bad_samples"):
+        if getattr(a, name) is not None and not 0 <= getattr(a, name) < 2**63:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be a number from 0 to 2**63")
+    if not 0 <= a.warmup_ratio <= 1:
+        raise UserError(f"--warmup-ratio {a.warmup_ratio}: must be a number from 0 to 1")
+    if a.parallel == "fsdp" and "RANK" not in os.environ:
+        raise UserError("--parallel fsdp: shares the model between processes; start it with torchrun")
+    return a
+
+
+def check_inputs(a: argparse.Namespace):
+    a.demo = not (a.llama or a.vision or a.data)
+    if a.demo:
+        if a.images or a.projector:
+            raise UserError("--images and --projector go with --llama, --vision and --data; without these: the demo")
+        return
+    if a.init_from == "none":
+        a.init_from = None
+    needed = ("data",) if a.init_from else ("llama", "vision", "data")
+    if missing := [f"--{name}" for name in needed if not getattr(a, name)]:
+        raise UserError(f"{' and '.join(missing)} missing: give --llama, --vision and --data, or --init-from and "
+                        "--data, or none of them for the demo")  # fmt: skip
+    if a.init_from and (a.llama or a.vision or a.projector):
+        raise UserError("--init-from brings the LLaMA, the ViT and W of its run; leave out --llama, --vision and "
+                        "--projector")  # fmt: skip
+
+
+def run(a: argparse.Namespace, rank: int, world: int, device: torch.device):
+    """Trains; a run of the demo gets its data and settings before it, and is examined after it."""
+    if a.demo:
+        from demo.world import begin
+
+        begin(a)
+    for name, value in PAPER[a.name].items():
+        if getattr(a, name) is None:
+            setattr(a, name, value)
+    train(a, rank, world, device)
+    if rank == 0:
+        with contextlib.suppress(Exception):  # a failure to draw is no failure of the run
+            from tools.plots import loss_curves
+
+            loss_curves(a.out)
+    if a.demo:
+        from demo.exam import finish
+
+        finish(a)
 
 
 def main():
     a = parse_arguments()
-    if a.plan:
-        return print_plan(a)
-    rank, world, device = start_processes(sparing=a.parallel == "fsdp")
-    try:
-        train(a, rank, world, device)
-    except Exception as error:
-        leave(error, rank, world)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with processes() as (rank, world, device):
+        run(a, rank, world, device)
 
 
 if __name__ == "__main__":

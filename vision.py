@@ -1,38 +1,35 @@
 """Picture -> pixels -> CLIP's ViT -> grid features Z_v.
 
-The ViT is written after "Learning Transferable Visual Models From Natural Language Supervision" (CLIP), with the
-parameter names of OpenAI's release. It is always frozen here; LLaVA reads the grid of one of its last layers
-("before and after the last Transformer layer", section 4.1), so no block above that layer is even built.
+The ViT follows "Learning Transferable Visual Models From Natural Language Supervision" (CLIP) and has the parameter
+names of OpenAI's release. LLaVA never trains it and reads the grid features of one of its last layers ("before and
+after the last Transformer layer", section 4.1), so the blocks above that layer are not built.
 
 Shapes: B pictures, `size` pixels a side, P patches = (size / patch)², D width, H heads.
 """
 
-import base64
 import io
 import warnings
+from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cpu import Linear, linear
-
-FEATURE_LAYER = -2  # the output of the last block but one: LLaVA's default (its ablation: -1 does worse)
+FEATURE_LAYER = -2  # the output of the second-to-last block; the paper's ablation reads -1, which scores lower
 HEAD_DIM = 64  # in every published CLIP ViT: heads = width / 64
 PREPROCESSING = "CLIP's: shorter side by bicubic, centre crop, mean and deviation"  # recorded with every run
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's normalisation, per channel of RGB in 0..1
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's normalisation of each RGB channel in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # what Pillow may try: none of them runs a program
-PAGE_PICTURE = 320  # pixels of the longer side, at most, of a picture on a page
-MAX_PIXELS = 100_000_000  # of a source picture, or of it resized: beyond, it is taken for a decompression bomb
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # decoders that run no external program
+MAX_PIXELS = 100_000_000  # of a picture before or after resizing; a larger one may be a decompression bomb
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A CLIP ViT; the defaults are ViT-L/14 at 224 pixels."""
+    """A CLIP ViT. The defaults are ViT-L/14 at 224 pixels."""
 
     image_size: int = 224
     patch_size: int = 14
@@ -52,55 +49,44 @@ class VisionConfig:
 
 
 def open_picture(data: bytes) -> Image.Image:
-    """Decodes an encoded picture of any mode, turned upright by its EXIF, into RGB.
+    """Decodes an encoded picture of any mode to RGB, upright by its EXIF orientation.
 
-    Raises ValueError, saying why, if it is not a picture of one of FORMATS, is broken, or is larger than MAX_PIXELS.
+    Raises ValueError with the reason if it has none of FORMATS, is damaged, or has more than MAX_PIXELS.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own bomb warning: the check below is stricter
+            warnings.simplefilter("ignore")  # MAX_PIXELS is stricter than Pillow's own warning
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels is over the limit of {MAX_PIXELS}")
+                raise ValueError(f"{image.width}x{image.height} pixels exceed the limit of {MAX_PIXELS}")
             return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError:
         raise ValueError(f"not a readable picture (none of {', '.join(FORMATS)})") from None
     except ValueError:
         raise
-    except Exception as error:  # Pillow's decoders raise many kinds: SyntaxError, EOFError, struct.error, ...
+    except Exception as error:  # Pillow's decoders raise SyntaxError, EOFError, struct.error and others
         raise ValueError(f"not a readable picture ({type(error).__name__}: {str(error)[:100]})") from None
 
 
-def as_link(image: Image.Image) -> str:
-    """A picture, shrunk if it is large, as the text of a link to itself: for a page that is whole in one file."""
-    image.thumbnail((PAGE_PICTURE, PAGE_PICTURE), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    image.save(file, "WEBP", quality=80, lossless=max(image.size) < 100)
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+def preprocess(image: Image.Image, size: int) -> np.ndarray:
+    """CLIP's preprocessing before the normalisation: resizes the shorter side to `size`, crops the centre.
 
-
-def preprocess(image: Image.Image, size: int) -> torch.Tensor:
-    """CLIP's preprocessing up to the normalisation: shorter side to `size` by bicubic, centre crop.
-
-    Returns (3, size, size) uint8, a quarter of the floats' bytes on the way from a worker to the device.
-    Rounds as transformers' CLIPImageProcessor does (the long side and the crop's corner are cut to integers).
+    Returns (3, size, size) uint8, a quarter of the bytes of floats. Rounds as transformers' CLIPImageProcessor does:
+    the longer side and the corner of the crop are truncated to integers.
     """
-    short, long = sorted(image.size)
-    long = size * long // short
+    long = size * max(image.size) // min(image.size)
     if size * long > MAX_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} pixels is too long and thin to resize")
+        raise ValueError(f"{image.width}x{image.height} pixels: its sides differ too much to resize it")
     width, height = (size, long) if image.width <= image.height else (long, size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     image = image.crop((left, top, left + size, top + size))
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(size, size, 3).permute(2, 0, 1).contiguous()  # (3, size, size)
+    return np.asarray(image).transpose(2, 0, 1).copy()  # (3, size, size)
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
-    """(B, 3, size, size) uint8 -> float32, as CLIP was fed."""
-    mean = torch.tensor(MEAN, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=pixels.device).view(3, 1, 1)
+    """(B, 3, size, size) uint8 -> float32 of CLIP's mean and deviation."""
+    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
     return (pixels / 255 - mean) / std
 
 
@@ -112,25 +98,25 @@ class Attention(nn.Module):
         super().__init__()
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
-        self.out_proj = Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, P+1, D)
         B, T, D = x.shape
-        qkv = linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, P+1, 3D)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, P+1, 3D)
         q, k, v = qkv.view(B, T, 3, D // HEAD_DIM, HEAD_DIM).permute(2, 0, 3, 1, 4)  # 3 x (B, H, P+1, 64)
-        x = F.scaled_dot_product_attention(q, k, v)  # every patch sees every patch
+        x = F.scaled_dot_product_attention(q, k, v)  # each position attends to all: no mask
         return self.out_proj(x.transpose(1, 2).reshape(B, T, D))
 
 
 class MLP(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.c_fc = Linear(width, 4 * width)
-        self.c_proj = Linear(4 * width, width)
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, P+1, D)
         x = self.c_fc(x)  # (B, P+1, 4D)
-        return self.c_proj(x * torch.sigmoid(1.702 * x))  # (B, P+1, D), through QuickGELU, CLIP's own
+        return self.c_proj(x * torch.sigmoid(1.702 * x))  # (B, P+1, D); QuickGELU, as CLIP was trained
 
 
 class Block(nn.Module):
@@ -147,7 +133,10 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """CLIP's ViT up to `feature_layer`: -1 is the last block's output, -2 (the default) the one before, and so on."""
+    """CLIP's ViT up to `feature_layer`: -1 is the output of the last block, -2 of the one before it, and so on.
+
+    LLaVA reads no features after that, so CLIP's `ln_post` and `proj` are left out.
+    """
 
     def __init__(self, config: VisionConfig, feature_layer: int = FEATURE_LAYER):
         super().__init__()
@@ -159,15 +148,13 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(config.n_patches + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer: Any = nn.Module()  # only to name its blocks as OpenAI does
-        self.transformer.resblocks = nn.ModuleList(Block(width) for _ in range(n_blocks))
+        blocks = nn.Sequential(*[Block(width) for _ in range(n_blocks)])
+        self.transformer = nn.Sequential(OrderedDict(resblocks=blocks))  # as the release names them
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """pixels (B, 3, size, size) normalised float -> Z_v (B, P, D), row by row from the top left; no class token."""
+        """Normalised pixels (B, 3, size, size) -> Z_v (B, P, D), row by row from the top left, no class token."""
         x = self.conv1(pixels).flatten(2).transpose(1, 2)  # (B, P, D)
-        class_token = self.class_embedding.expand(x.shape[0], 1, -1).to(x.dtype)
+        class_token = self.class_embedding.expand(len(x), 1, -1).to(x.dtype)  # autocast may make x bf16
         x = torch.cat([class_token, x], dim=1) + self.positional_embedding  # (B, P+1, D)
-        x = self.ln_pre(x)
-        for block in self.transformer.resblocks:
-            x = block(x)
+        x = self.transformer(self.ln_pre(x))
         return x[:, 1:]  # (B, P, D)

@@ -1,9 +1,9 @@
-"""How the cost of a step grows with the length of a sample, the samples of a batch and the size of the LLaMA.
+"""Measures how training speed depends on the length of a sample, the size of a batch and the size of the LLaMA.
 
-    python bench/growth.py                   # prints, writes bench/growth.json and bench/growth.png (matplotlib)
+    python bench/growth.py        # prints the speeds; writes bench/growth.json and, with matplotlib, bench/growth.png
 
-Positions a second of a step of training, by this project and by `transformers`, in turn: see run.py. Then train.py
-itself on the demo, in one process with all cores and in as many processes as there are cores.
+The speed is the number of positions of a training step per second, of this project and of `transformers` in turn (see
+run.py). Then train.py runs on the demo, in one process with all cores and in one process per core.
 """
 
 import json
@@ -14,83 +14,89 @@ import sys
 import tempfile
 from pathlib import Path
 
-from run import ROOT, SIZES, in_turn, make, work
+from run import AGAINST_TRANSFORMERS, ROOT, SIZES, in_turn, make_model, make_work
 
-import checkpoint
+from common import run_command, write_json
 
 HERE = Path(__file__).parent
+LABELS = {"ours": ("this project", "o-"), "theirs": ("transformers", "s--")}  # in the legend; marker and line
 
 
-def speeds(size: str, kind: str, n: int, length: int = 0, rounds: int = 3) -> dict:
-    """Positions a second: of the samples, system message and picture included, whether a side computes them or not."""
-    found = in_turn(size, kind, n, rounds, length=length)
-    positions = sum(len(ids) for ids, _ in work(kind, n, length)[1])
-    return {side: positions / statistics.median(found[side]) for side in ("ours", "theirs")}
+def positions_per_second(size: str, kind: str, n: int, length: int = 0, rounds: int = 3) -> dict[str, float]:
+    """Of both sides. The system message and the picture of each sample count, whether or not a side computes them."""
+    row = in_turn(AGAINST_TRANSFORMERS, size, kind, n, rounds, length=length)
+    samples, _ = make_work(kind, n, length)
+    positions = sum(len(ids) for ids, _ in samples)
+    return {name: positions / statistics.median(row[name]) for name in AGAINST_TRANSFORMERS}
 
 
-def curves():
-    """-> for each curve: its title, its x and the label of x, positions/s of either side."""
-    found = []
-
-    def add(title, label, points):
-        found.append(dict(title=title, label=label, x=[], ours=[], theirs=[]))
-        for x, arguments in points:
-            result = speeds(*arguments)
-            for name, value in dict(x=x, **result).items():
-                found[-1][name].append(value)
-            print(f"{title:36} {label} {x:>12,}: ours {result['ours']:8,.0f} positions/s, theirs "
-                  f"{result['theirs']:8,.0f}", flush=True)  # fmt: skip
-
-    add("stage 2, middle, one sample", "tokens of text",
-        [(n, ("middle", "stage 2", 1, n)) for n in (64, 128, 256, 512, 1024, 2048)])  # fmt: skip
-    add("stage 1, middle", "samples of a batch",
-        [(n, ("middle", "stage 1", n)) for n in (1, 2, 4, 8, 16, 32)])  # fmt: skip
-    of_llama = {size: sum(p.numel() for p in make(SIZES[size][0]).llama.parameters()) for size in list(SIZES)[:3]}
-    add("stage 1, 4 samples", "parameters of the LLaMA",
-        [(n, (size, "stage 1", 4)) for size, n in of_llama.items()])  # fmt: skip
-    return found
+def measure_curve(title: str, label: str, points: list[tuple[int, tuple]]) -> dict:
+    """points: each x, and the arguments of `positions_per_second` there. label: what x counts."""
+    curve: dict = dict(title=title, label=label, x=[], **{name: [] for name in AGAINST_TRANSFORMERS})
+    for x, arguments in points:
+        speeds = positions_per_second(*arguments)
+        curve["x"].append(x)
+        for name, speed in speeds.items():
+            curve[name].append(speed)
+        listed = ", ".join(f"{name} {speed:8,.0f} positions/s" for name, speed in speeds.items())
+        print(f"{title:36} {label} {x:>12,}: {listed}", flush=True)
+    return curve
 
 
-def processes(steps: int = 60, rounds: int = 3) -> dict:
-    """Seconds of a step of the demo's stage 1 by train.py, in one process and in as many as there are cores."""
-    cores, found = len(os.sched_getaffinity(0)), {}
+def measure_curves() -> list[dict]:
+    sizes = list(SIZES)[:3]
+    parameters = [sum(p.numel() for p in make_model(SIZES[size][0]).llama.parameters()) for size in sizes]
+    return [
+        measure_curve("stage 2, middle, one sample", "tokens of text",
+                      [(n, ("middle", "stage 2", 1, n)) for n in (64, 128, 256, 512, 1024, 2048)]),
+        measure_curve("stage 1, middle", "samples of a batch",
+                      [(n, ("middle", "stage 1", n)) for n in (1, 2, 4, 8, 16, 32)]),
+        measure_curve("stage 1, 4 samples", "parameters of the LLaMA",
+                      [(n, (size, "stage 1", 4)) for size, n in zip(sizes, parameters)]),
+    ]  # fmt: skip
+
+
+def measure_processes(steps: int = 60, rounds: int = 3) -> dict[int, list[float]]:
+    """Median seconds of a step of the demo's stage 1 in each round, by the number of processes."""
+    cores = len(os.sched_getaffinity(0))
+    found: dict[int, list[float]] = {}
     for _ in range(rounds):
         for n in (1, cores):
             with tempfile.TemporaryDirectory() as folder:
                 command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), "train.py",
-                           "--stage", "1", "--max-steps", str(steps), "--out", folder + "/run"]  # fmt: skip
-                subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL,
-                               env=os.environ | {"OMP_NUM_THREADS": str(cores // n)})  # fmt: skip
+                           "--stage", "1", "--max-steps", str(steps), "--out", f"{folder}/run"]  # fmt: skip
+                env = os.environ | {"OMP_NUM_THREADS": str(cores // n)}
+                subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, env=env)
                 lines = (Path(folder) / "run/metrics.jsonl").read_text().splitlines()
             found.setdefault(n, []).append(statistics.median(json.loads(line)["seconds"] for line in lines))
     return found
 
 
-def plot(found: list, path: Path):
+def plot(curves: list[dict], path: Path):
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        return print("no plot: pip install matplotlib")
-    figure, axes = plt.subplots(1, len(found), figsize=(4 * len(found), 3.4), constrained_layout=True)
-    for axis, curve in zip(axes, found):
-        for name, style in (("ours", "o-"), ("theirs", "s--")):
-            label = "this project" if name == "ours" else "transformers"
+        print(f"{path} was not drawn: pip install matplotlib")
+        return
+    figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3.4), constrained_layout=True)
+    for axis, curve in zip(axes, curves):
+        for name, (label, style) in LABELS.items():
             axis.plot(curve["x"], curve[name], style, label=label, markersize=4)
         axis.set(xscale="log", ylim=(0, None), title=curve["title"], xlabel=curve["label"])
         axis.set_xticks(curve["x"], [f"{x / 1e6:.0f} M" if x > 1e5 else str(x) for x in curve["x"]])
         axis.minorticks_off()
-    axes[0].set_ylabel("positions a second")
+    axes[0].set_ylabel("positions/s")
     axes[0].legend()
     figure.savefig(path, dpi=110)
 
 
 def main():
-    found, shared = curves(), processes()
-    for n, seconds in shared.items():
-        print(f"stage 1 of the demo, processes: {n}, seconds a step: " + ", ".join(f"{s:.3f}" for s in seconds))
-    checkpoint.write_json(HERE / "growth.json", dict(curves=found, processes=shared))
-    plot(found, HERE / "growth.png")
+    curves, processes = measure_curves(), measure_processes()
+    for n, seconds in processes.items():
+        print(f"stage 1 of the demo, processes: {n}, seconds of a step: " + ", ".join(f"{s:.3f}" for s in seconds))
+    write_json(HERE / "growth.json", dict(curves=curves, processes=processes))
+    plot(curves, HERE / "growth.png")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

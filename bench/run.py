@@ -1,13 +1,17 @@
-"""This project beside Hugging Face `transformers`: the same weights and samples, in turn, on this machine.
+"""Times this project against Hugging Face `transformers`, or against another checkout of itself, on this machine.
 
-    python bench/run.py                       # all; prints the table, writes bench/results.json
+    python bench/run.py                                # all rows; prints a table and writes bench/results.json
     python bench/run.py --sizes middle --rounds 9
+    python bench/run.py --before ../other-checkout     # instead of transformers
 
-Theirs is what a user would write: `LlavaForConditionalGeneration` (its projector one matrix, as in LLaVA 1), a padded
-batch with labels, SDPA attention; answers by `generate`, one prompt at a time as the original does, or left-padded
-batches of 8. Both compute in fp32 with all cores; loss and gradients are compared before anything is timed. Then each
-has a fresh process of its own, and they work in turn. Times are medians of the rounds; memory is the peak of either's
-process while it works, less its imports. Loading is compared with `torch.load` and `load_state_dict` instead.
+Both sides have the same weights and samples and compute in fp32 with all cores. Each runs in a process of its own, and
+they take turns, so that changes of the machine's speed affect both. Times are medians over the rounds. Memory is the
+peak of a process while it works, less what its imports take.
+
+The code for `transformers` is what its users write: `LlavaForConditionalGeneration` (with one matrix as its projector,
+as in the first LLaVA), a padded batch with labels, and SDPA attention. It answers by `generate`, one prompt at a time
+as LLaVA does, or in left-padded batches of 8. The losses, gradients and answers of both are compared before the timing.
+Loading is timed against `torch.load` and `load_state_dict`.
 """
 
 import argparse
@@ -21,134 +25,150 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import transformers
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import llava_twin, randomize  # noqa: E402
 
 import checkpoint  # noqa: E402
-import cpu  # noqa: E402
-from conversation import HelpForm  # noqa: E402
-from data import Batch  # noqa: E402
+from common import HelpFormatter, UserError, run_command, write_json  # noqa: E402
 from model import LLaMA, LLaMAConfig  # noqa: E402
-from plan import GIB  # noqa: E402
+from tools.fast_cpu import speed_up  # noqa: E402
 from vision import VisionConfig, VisionTransformer, normalize  # noqa: E402
 
-VOCAB, SYSTEM, QUESTION, MAX_NEW = 32000, 45, 12, 64
+GIB = 2**30
+VOCAB, SYSTEM, QUESTION, MAX_NEW_TOKENS = 32000, 45, 12, 64  # pieces, and numbers of tokens
 VIT = VisionConfig(image_size=224, patch_size=14, width=384, layers=6)  # 256 patches
-SIZES = {  # of the LLaMA; samples of a step in stage 1, in stage 2
+SIZES = {  # the LLaMA; samples of a step in stage 1 and in stage 2
     "small": (LLaMAConfig(256, 4, 4, 4, 688), 16, 8),
     "middle": (LLaMAConfig(512, 8, 8, 8, 1376), 8, 4),
     "large": (LLaMAConfig(1024, 12, 16, 16, 2752), 4, 2),
     "7B, 1 layer": (LLaMAConfig(4096, 1), 2, 1),
     "7B, 2 layers": (LLaMAConfig(4096, 2), 2, 1),
 }
+WORK = ("stage 1", "stage 2", "answers", "loading")
+LOADED = LLaMAConfig(2048, 8, 16, 16, 5504)  # 1 GB in fp16
+MAX_ERROR = 1e-4  # relative, of the loss and of gradients against transformers
+RESET_PEAK = "5"  # what to write to /proc/self/clear_refs to reset the peak of the resident memory (man 5 proc)
 
 
-# --- the work: samples (ids, green), a picture each
+# --- the work: samples (ids, green), with one picture each
 
 
-def text(n: int, dice) -> torch.Tensor:
-    return torch.randint(3, VOCAB - 1, (n,), generator=dice)
+def random_text(n: int, rng: torch.Generator) -> torch.Tensor:
+    return torch.randint(3, VOCAB - 1, (n,), generator=rng)
 
 
-def caption(dice, system):
-    """Stage 1: system message, question and picture in either order, a short answer."""
-    picture, question = torch.full((VIT.n_patches,), -1), text(QUESTION, dice)
-    answer = text(int(torch.randint(8, 31, (), generator=dice)), dice)
-    middle = [picture, question] if torch.rand((), generator=dice) < 0.5 else [question, picture]
+def picture_ids() -> torch.Tensor:
+    return torch.full((VIT.n_patches,), -1)
+
+
+def caption(rng, system):
+    """Stage 1: the system message, a question and a picture in either order, a short answer."""
+    question = random_text(QUESTION, rng)
+    answer = random_text(int(torch.randint(8, 31, (), generator=rng)), rng)
+    middle = [question, picture_ids()]
+    if torch.rand((), generator=rng) < 0.5:
+        middle.reverse()
     ids = torch.cat([system, *middle, answer])
     return ids, torch.arange(len(ids)) >= len(ids) - len(answer)
 
 
-def conversation(dice, system, n):
-    """Stage 2: several turns of 60 to 900 tokens in all, 55 % of them green, the picture first."""
-    n = n or int(torch.randint(60, 901, (), generator=dice))
-    turns = torch.cat([torch.arange(120) >= 54] * (n // 120 + 1))[:n]
-    ids = torch.cat([system, torch.full((VIT.n_patches,), -1), text(n, dice)])
+def conversation(rng, system, n):
+    """Stage 2: a picture, then several turns of 60 to 900 tokens (or n) in all, 55 % of them green."""
+    n = n or int(torch.randint(60, 901, (), generator=rng))
+    turn = torch.arange(120) >= 54
+    turns = torch.cat([turn] * (n // 120 + 1))[:n]
+    ids = torch.cat([system, picture_ids(), random_text(n, rng)])
     return ids, torch.cat([torch.zeros(SYSTEM + VIT.n_patches, dtype=torch.bool), turns])
 
 
-def prompt(dice, system):
-    n = int(torch.randint(20, 201, (), generator=dice))
-    return torch.cat([system, torch.full((VIT.n_patches,), -1), text(n, dice)]), None
+def prompt(rng, system):
+    """A picture and a text of 20 to 200 tokens to answer; nothing is green."""
+    n = int(torch.randint(20, 201, (), generator=rng))
+    return torch.cat([system, picture_ids(), random_text(n, rng)]), None
 
 
-def work(kind: str, n: int, length: int = 0) -> tuple[torch.Tensor, list, torch.Tensor]:
-    """-> ids of the system message, samples (ids (T,), green (T,)), pixels (n, 3, 224, 224).
+def make_work(kind: str, n: int, length: int = 0) -> tuple[list, torch.Tensor]:
+    """n samples (ids (T,), green (T,) or None), all with the same system message, and pixels (n, 3, 224, 224).
 
-    length: of the text of each sample of stage 2, instead of any.
+    length: tokens of text of each sample of stage 2; 0 = random.
     """
-    dice = torch.Generator().manual_seed(len(kind))
-    system = text(SYSTEM, dice)
-    draws: dict[str, Callable] = {"stage 1": caption, "stage 2": functools.partial(conversation, n=length),
-                                  "answers": prompt}  # fmt: skip
-    samples = [draws[kind](dice, system) for _ in range(n)]
-    return system, samples, torch.randint(0, 256, (n, 3, 224, 224), dtype=torch.uint8, generator=dice)
+    rng = torch.Generator().manual_seed(len(kind))
+    system = random_text(SYSTEM, rng)
+    draw: dict[str, Callable] = {
+        "stage 1": caption,
+        "stage 2": functools.partial(conversation, n=length),
+        "answers": prompt,
+    }
+    samples = [draw[kind](rng, system) for _ in range(n)]
+    return samples, torch.randint(0, 256, (n, 3, 224, 224), dtype=torch.uint8, generator=rng)
 
 
-# --- ours
-
-
-def make(c: LLaMAConfig):
+def make_model(c: LLaMAConfig):
     return checkpoint.build(randomize(LLaMA(c), 0), randomize(VisionTransformer(VIT), 1))
 
 
+# --- the two sides
+
+
+def make_optimizer(trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=True)  # as in train.py
+
+
 class Ours:
-    def __init__(self, llava, kind: str, task):
+    """Runs this project on one stream."""
+
+    def __init__(self, llava, kind: str, work):
         self.model, self.kind = llava, kind
-        system, samples, pixels = task
-        ids = [ids[SYSTEM:] for ids, _ in samples]
-        borders = torch.tensor([0] + [len(i) for i in ids]).cumsum(0).int()
-        green = torch.cat([torch.zeros(len(i), dtype=torch.bool) if g is None else g[SYSTEM:]
-                           for i, (_, g) in zip(ids, samples)])  # fmt: skip
-        self.batch, self.prefix = Batch(torch.cat(ids), green, borders, pixels), system
+        samples, self.pixels = work
+        system = samples[0][0][:SYSTEM]
+        self.ids = torch.cat([system] + [ids[SYSTEM:] for ids, _ in samples])  # (N,)
+        self.borders = torch.tensor([SYSTEM] + [len(ids) - SYSTEM for ids, _ in samples]).cumsum(0).tolist()
         if kind == "answers":
             llava.requires_grad_(False)
-        else:
-            self.trained = llava.set_trainable(int(kind[-1]))
-            self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.0, fused=True)
-        if kind != "stage 2":  # read once a run
-            with torch.no_grad():
-                self.prefix = llava.read_prefix(system)
+            return
+        self.green = torch.cat([samples[0][1][:SYSTEM]] + [green[SYSTEM:] for _, green in samples])  # (N,)
+        llava.set_trainable(int(kind[-1]))
+        self.trained = [p for p in llava.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(self.trained)
 
     def loss(self):
-        b = self.batch
-        nll, green = self.model(b.ids, b.green, b.cu_seqlens, b.pixels, self.prefix)
-        return nll / green
+        nll = self.model(self.ids, self.green, self.borders, self.pixels)
+        return nll / self.green.sum()
 
-    def gradients(self):
-        return {name: self.model.get_parameter(name).grad for name in ("projector.weight", *self.also())}
+    def gradients(self) -> list[torch.Tensor]:
+        """Of W, and in stage 2 of two matrices of the LLaMA."""
+        llama, found = self.model.llama, [self.model.projector.weight]
+        if self.kind == "stage 2":
+            found += [llama.layers[0].feed_forward.w2.weight, llama.output.weight]
+        return [p.grad for p in found]
 
-    def also(self):
-        return ("llama.layers.0.feed_forward.w2.weight", "llama.output.weight") if self.kind == "stage 2" else ()
-
-    def answers(self):
-        b = self.batch
-        return self.model.answers(b.ids, b.cu_seqlens, b.pixels, (), MAX_NEW, prefix=self.prefix)
-
-
-# --- theirs
+    def answers(self) -> list[list[int]]:
+        return self.model.answers(self.ids, self.borders, self.pixels, (), MAX_NEW_TOKENS)
 
 
 class Theirs:
-    def __init__(self, llava, kind: str, task, at_once: int = 1):
+    """Runs transformers on a padded batch. at_once: how many prompts it answers together."""
+
+    def __init__(self, llava, kind: str, work, at_once: int = 1):
         self.kind, self.at_once = kind, at_once
         self.model = llava_twin(llava, 4096)
-        _, samples, self.pixels = task
+        samples, self.pixels = work
         n = len(samples)
         longest = max(len(ids) for ids, _ in samples)
         self.ids, self.mask = torch.zeros(n, longest, dtype=torch.long), torch.zeros(n, longest, dtype=torch.long)
         self.labels = torch.full((n, longest), -100)
         for i, (ids, green) in enumerate(samples):
-            row = slice(longest - len(ids), longest) if green is None else slice(0, len(ids))  # prompts end together
-            ids = torch.where(ids < 0, VOCAB - 1, ids)
+            row = slice(longest - len(ids), longest) if green is None else slice(0, len(ids))  # prompts: padded left
+            ids = torch.where(ids < 0, VOCAB - 1, ids)  # llava_twin's id of pictures
             self.ids[i, row], self.mask[i, row] = ids, 1
             if green is not None:
                 self.labels[i, row] = torch.where(green, ids, -100)
@@ -157,38 +177,33 @@ class Theirs:
         self.model.model.multi_modal_projector.requires_grad_(kind != "answers")
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         if self.trained:
-            self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.0, fused=True)
-
-    def pictures(self, rows=slice(None)):
-        return normalize(self.pixels[rows])
+            self.optimizer = make_optimizer(self.trained)
 
     def loss(self):
-        return self.model(input_ids=self.ids, attention_mask=self.mask, pixel_values=self.pictures(),
-                          labels=self.labels).loss  # fmt: skip
+        return self.model(
+            input_ids=self.ids, attention_mask=self.mask, pixel_values=normalize(self.pixels), labels=self.labels
+        ).loss
 
-    def gradients(self):
-        model = self.model.model
-        found = {"projector.weight": model.multi_modal_projector.weight.grad}
+    def gradients(self) -> list[torch.Tensor]:
+        """Of the same parameters as `Ours.gradients`."""
+        model, found = self.model.model, [self.model.model.multi_modal_projector.weight]
         if self.kind == "stage 2":
-            found["llama.layers.0.feed_forward.w2.weight"] = model.language_model.layers[0].mlp.down_proj.weight.grad
-            found["llama.output.weight"] = self.model.lm_head.weight.grad
-        return found
+            found += [model.language_model.layers[0].mlp.down_proj.weight, self.model.lm_head.weight]
+        return [p.grad for p in found]
 
     @torch.no_grad()
-    def answers(self):
-        said = []
+    def answers(self) -> list[list[int]]:
+        answers = []
         for i in range(0, len(self.ids), self.at_once):
             rows = slice(i, i + self.at_once)
-            first = int(self.mask[rows].argmax(1).min())  # no padding that all rows have
+            first = int(self.mask[rows].argmax(1).min())  # drops the padding that all these rows share
             ids, mask = self.ids[rows, first:], self.mask[rows, first:]
-            out = self.model.generate(input_ids=ids, attention_mask=mask, pixel_values=self.pictures(rows),
-                                      do_sample=False, max_new_tokens=MAX_NEW, min_new_tokens=MAX_NEW,
-                                      pad_token_id=0)  # fmt: skip
-            said += out[:, ids.shape[1] :].tolist()
-        return said
-
-
-# --- measuring
+            out = self.model.generate(
+                input_ids=ids, attention_mask=mask, pixel_values=normalize(self.pixels[rows]), do_sample=False,
+                max_new_tokens=MAX_NEW_TOKENS, min_new_tokens=MAX_NEW_TOKENS, pad_token_id=0,
+            )  # fmt: skip
+            answers += out[:, ids.shape[1] :].tolist()
+        return answers
 
 
 def step(side):
@@ -199,220 +214,302 @@ def step(side):
     side.optimizer.zero_grad(set_to_none=True)
 
 
-def timed(do) -> float:
+# --- measuring
+
+
+def timed(function) -> float:
+    """The seconds that a call takes."""
     began = time.perf_counter()
-    do()
+    function()
     return time.perf_counter() - began
 
 
 def peak_matmul(multiply, n: int = 2048) -> float:
-    """FLOP/s of the best of a few fp32 matmuls."""
+    """FLOP/s of the fastest of 15 fp32 products of n x n matrices."""
     a, b = torch.randn(n, n), torch.randn(n, n)
     with torch.no_grad():
         return 2 * n**3 / min(timed(lambda: multiply(a, b)) for _ in range(15))
 
 
-def necessary(c: LLaMAConfig, kind: str, n: int) -> float:
-    """FLOPs of a step that cannot be left out: no padding, logits at green positions only, no gradients of what is
-    frozen, in stage 1 nothing backward before the picture, in the last layer only what a green token needs (of whose
-    attention, and of what is before the picture, the mean is taken)."""
-    _, samples, _ = work(kind, n)
+def necessary_flops(c: LLaMAConfig, kind: str, n: int) -> float:
+    """FLOPs that every implementation of a training step needs.
+
+    There is no padding. Logits exist at green positions only. Frozen weights need no gradients, and in stage 1 the
+    positions before the picture need no backward pass. In the last layer only what a green token depends on is
+    computed. The attention of green tokens, and of positions after the picture, is counted as an average share.
+    """
+    samples, _ = make_work(kind, n)
     dim, kv, D, P = c.dim, c.n_kv_heads * c.head_dim, VIT.width, VIT.n_patches
-    keys = 2 * dim * 2 * kv  # per position
-    block = keys + 2 * (2 * dim * dim + 3 * dim * c.ffn_dim)
+    keys = 2 * dim * 2 * kv  # wk and wv, per position
+    block = keys + 2 * (2 * dim * dim + 3 * dim * c.ffn_dim)  # all matrices of a block, per position
     total = 0
     for ids, green in samples:
         T, M, first = len(ids) - SYSTEM, int(green.sum()), int((ids < 0).nonzero()[0]) - SYSTEM
-        back = T - first if kind == "stage 1" else T  # positions that a gradient reaches
-        seen = SYSTEM * T + T * (T + 1) / 2  # pairs of a query and a key
-        attention = 2 * 2 * dim * seen
+        back = T - first if kind == "stage 1" else T  # positions in the backward pass
+        pairs = SYSTEM * T + T * (T + 1) / 2  # of a query and a key
+        attention = 2 * 2 * dim * pairs
         forward = (c.n_layers - 1) * (block * T + attention) + keys * T + (block - keys) * M + attention * M / T
-        words = 2 * dim * c.vocab_size * M
+        logits = 2 * dim * c.vocab_size * M
         backward = (c.n_layers - 1) * (block * back + 2 * attention * back / T) + keys * back + (block - keys) * M
         backward += 2 * attention * M / T
-        weights = forward - (c.n_layers - 1 + M / T) * attention + words if kind == "stage 2" else 0
-        projector = 2 * 2 * P * D * dim  # W: forward, and its gradient
+        weights = forward - (c.n_layers - 1 + M / T) * attention + logits if kind == "stage 2" else 0
+        projector = 2 * 2 * P * D * dim  # W's output, and W's gradient
         vit = (VIT.layers - 1) * ((P + 1) * 2 * 12 * D * D + 4 * D * (P + 1) ** 2) + P * 2 * 3 * VIT.patch_size**2 * D
-        total += forward + backward + weights + 2 * words + projector + vit
-    if kind == "stage 2":  # the system message is read with each batch: of the last layer, its keys and values
+        total += forward + backward + weights + 2 * logits + projector + vit
+    if kind == "stage 2":  # the system message: constant in stage 1; in the last layer only its keys and values count
         total += 3 * SYSTEM * ((c.n_layers - 1) * (block + 2 * dim * (SYSTEM + 1)) + keys)
     return total
 
 
-def high_water() -> int:
-    """The most bytes that this process has held. (Not ru_maxrss, which a process has from the one that started it.)"""
-    return 1024 * int(next(x for x in open("/proc/self/status") if x.startswith("VmHWM")).split()[1])
+def peak_memory() -> int:
+    """The largest resident memory of this process so far, in bytes. ru_maxrss would include the parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
-class Side:
-    """`ours` or `theirs` in a process of its own, as its users would have it; it works when called."""
+class Worker:
+    """Runs one side of a comparison in a process of its own, with the bench/run.py of its checkout.
 
-    def __init__(self, *arguments):
-        """arguments: of `alone`."""
-        command = [sys.executable, str(ROOT / "bench/run.py"), "--alone", *map(str, arguments)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    The protocol is the same in all checkouts: --alone SIDE SIZE KIND N AT_ONCE LENGTH starts the process, which does
+    one piece of work for each line that it reads, and answers with a line "seconds peak_bytes".
+    """
+
+    def __init__(self, checkout: Path, *arguments):
+        """arguments: those of `alone`."""
+        self.command = [sys.executable, str(checkout / "bench/run.py"), "--alone", *map(str, arguments)]
+        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __call__(self) -> tuple[float, float]:
-        """-> seconds of one piece of the work, peak bytes so far."""
-        print(file=self.process.stdin, flush=True)
-        assert self.process.stdout is not None
-        seconds, peak = self.process.stdout.readline().split()
+        """Does the work once -> its seconds, and the peak of the process in bytes."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+            seconds, peak = self.process.stdout.readline().split()
+        except (OSError, ValueError):  # a closed pipe, or no answer
+            raise UserError(f"{self.command[1]}: its process ended; see its own message") from None
         return float(seconds), float(peak)
+
+    def close(self):
+        self.process.communicate()
 
 
 def alone(side: str, size: str, kind: str, n: int, at_once: int, length: int):
-    """What a `Side` starts: a step (or all the answers) for each line that it is given."""
+    """The process of a `Worker`: one training step, or all answers, for each line of stdin."""
     if side == "ours":
-        cpu.keep_memory()  # as train.py does
-    before = high_water()
-    llava, task = make(SIZES[size][0]), work(kind, n, length)
-    one = Ours(llava, kind, task) if side == "ours" else Theirs(llava, kind, task, at_once)
+        speed_up()  # as train.py does
+    before = peak_memory()
+    llava, work = make_model(SIZES[size][0]), make_work(kind, n, length)
+    one = Ours(llava, kind, work) if side == "ours" else Theirs(llava, kind, work, at_once)
     del llava
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the building has freed goes back to the system, which `ours` had forbidden
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: the work is measured, not the building
+    ctypes.CDLL(None).malloc_trim(0)  # returns what building the models has freed, which speed_up keeps
+    Path("/proc/self/clear_refs").write_text(RESET_PEAK)  # the peak of the building does not count
     for _ in sys.stdin:
         seconds = timed(one.answers if kind == "answers" else functools.partial(step, one))
-        print(seconds, high_water() - before, flush=True)
+        print(seconds, peak_memory() - before, flush=True)
 
 
-def in_turn(size: str, kind: str, n: int, rounds: int, at_once: int = 1, length: int = 0) -> dict:
-    """-> seconds of each round of ours and theirs, and the peak bytes of each."""
-    sides, found = {}, {"ours": [], "theirs": []}
+# Each name of a column, the checkout that runs it, and the side of that checkout.
+Sides = dict[str, tuple[Path, str]]
+AGAINST_TRANSFORMERS: Sides = {"ours": (ROOT, "ours"), "theirs": (ROOT, "theirs")}
+
+
+def in_turn(sides: Sides, size: str, kind: str, n: int, rounds: int, at_once: int = 1, length: int = 0) -> dict:
+    """Lets both sides do the same work in turn -> {name: seconds of each round, "memory": the peak bytes of each}."""
+    workers: dict[str, Worker] = {}
+    results: dict[str, list] = {name: [] for name in sides}
     for i in range(rounds):
-        for name in ("theirs", "ours") if i % 2 else ("ours", "theirs"):
-            if not (side := sides.pop(name, None)):
-                side = Side(name, size, kind, n, at_once, length)
-                side()  # warm
-            found[name].append(side())
-            if size.startswith("7B"):
-                side.process.communicate()  # there may be no room for both
-            else:
-                sides[name] = side
-    for side in sides.values():
-        side.process.communicate()
-    return {name: [seconds for seconds, _ in pairs] for name, pairs in found.items()} | dict(
-        memory=[pairs[-1][1] for pairs in found.values()])  # fmt: skip
+        for name in reversed(sides) if i % 2 else sides:
+            if name not in workers:
+                checkout, side = sides[name]
+                workers[name] = Worker(checkout, side, size, kind, n, at_once, length)
+                workers[name]()  # the first time is slower
+            results[name].append(workers[name]())
+            if size.startswith("7B"):  # the memory may not suffice for two at a time
+                workers.pop(name).close()
+    for worker in workers.values():
+        worker.close()
+    row: dict[str, list] = {name: [seconds for seconds, _ in pairs] for name, pairs in results.items()}
+    return row | {"memory": [pairs[-1][1] for pairs in results.values()]}
 
 
-def compare(size: str, kind: str, rounds: int) -> dict:
-    """One row: training."""
-    c, *batch = SIZES[size]
-    n = batch[int(kind[-1]) - 1]
-    llava, task = make(c), work(kind, n)
-    ours, theirs = Ours(llava, kind, task), Theirs(llava, kind, task)
+# --- rows of the table
+
+
+def largest_error(size: str, kind: str, n: int) -> float:
+    """The largest relative error of loss and gradients, ours against transformers. Asserts that it is small."""
+    llava, work = make_model(SIZES[size][0]), make_work(kind, n)
+    ours, theirs = Ours(llava, kind, work), Theirs(llava, kind, work)
     losses = [side.loss() for side in (ours, theirs)]
     for loss in losses:
         loss.backward()
     errors = [abs(1 - losses[0].item() / losses[1].item())]
-    pairs = zip(ours.gradients().values(), theirs.gradients().values(), strict=True)
+    pairs = zip(ours.gradients(), theirs.gradients(), strict=True)
     errors += [((a - b).norm() / b.norm()).item() for a, b in pairs]
-    assert max(errors) < 1e-4, errors
-    del ours, theirs, llava, loss, losses, pairs
-    gc.collect()  # there may be no room for three
-    return dict(size=size, work=kind, against="padded step", samples=n, error=max(errors), flops=necessary(c, kind, n),
-                **in_turn(size, kind, n, rounds))  # fmt: skip
+    assert max(errors) < MAX_ERROR, errors
+    return max(errors)
 
 
-def compare_answers(size: str, at_once: int, rounds: int, prompts: int = 32) -> dict:
-    llava, task = make(SIZES[size][0]), work("answers", prompts)
-    ours, theirs = Ours(llava, "answers", task), Theirs(llava, "answers", task, at_once)
-    same = sum(a == b for a, b in zip(ours.answers(), theirs.answers()))
-    return dict(size=size, work=f"{prompts} answers", against=f"generate, {at_once} at a time", same=same,
-                **in_turn(size, "answers", prompts, rounds, at_once))  # fmt: skip
+def compare_training(sides: Sides, size: str, kind: str, rounds: int) -> dict:
+    c, *batch = SIZES[size]
+    n = batch[int(kind[-1]) - 1]
+    row = dict(size=size, work=kind, against="before", samples=n, flops=necessary_flops(c, kind, n))
+    if "theirs" in sides:
+        row |= dict(against="padded step", error=largest_error(size, kind, n))
+        gc.collect()
+    return row | in_turn(sides, size, kind, n, rounds)
+
+
+def compare_answers(sides: Sides, size: str, at_once: int, rounds: int, prompts: int = 32) -> dict:
+    """at_once: prompts that transformers answers together; ours answers all of them together."""
+    row: dict = dict(size=size, work=f"{prompts} answers", against="before")
+    if "theirs" in sides:
+        llava, work = make_model(SIZES[size][0]), make_work("answers", prompts)
+        ours, theirs = Ours(llava, "answers", work), Theirs(llava, "answers", work, at_once)
+        same = sum(a == b for a, b in zip(ours.answers(), theirs.answers(), strict=True))
+        row |= dict(against=f"generate, {at_once} at a time", same=same)
+    return row | in_turn(sides, size, "answers", prompts, rounds, at_once)
 
 
 LOAD = """
-import sys, time; sys.path[:0] = [{root!r}, {root!r} + "/bench"]
-import torch, checkpoint; from run import high_water; from model import LLaMA, LLaMAConfig; from pathlib import Path
-before, began = high_water(), time.perf_counter()
+import sys, time
+from pathlib import Path
+
+sys.path.insert(0, {checkout!r})
+import torch
+
+import checkpoint
+from model import LLaMA, LLaMAConfig
+
+
+def peak_memory():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
+before, began = peak_memory(), time.perf_counter()
 if {side!r} == "ours":
     llama = checkpoint.load_llama({folder!r}, {dtype})
 else:
     llama = LLaMA(LLaMAConfig({config})).to({dtype})
     llama.load_state_dict(torch.load(Path({folder!r}) / "consolidated.00.pth", weights_only=True))
-sum(p.sum() for p in llama.parameters())  # every page is read
-print(time.perf_counter() - began, high_water() - before)
+sum(p.sum() for p in llama.parameters())  # reads every page
+print(time.perf_counter() - began, peak_memory() - before)
 """
 
 
-def compare_loading(dtype: torch.dtype, rounds: int) -> dict:
-    """A raw fp16 checkpoint of 1 GB, to `dtype`."""
-    c = LLaMAConfig(2048, 8, 16, 16, 5504)
+def compare_loading(sides: Sides, dtype: torch.dtype, rounds: int) -> dict:
+    """Loads a raw fp16 checkpoint of 1 GB and converts it to `dtype`."""
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save_llama(LLaMA(c), folder, torch.float16)
+        weights = {name: p.detach().half() for name, p in LLaMA(LOADED).named_parameters()}
+        checkpoint.save_llama(LOADED, weights, folder)
+        del weights
         size = (Path(folder) / "consolidated.00.pth").stat().st_size
-        found = {"ours": [], "theirs": []}
+        results: dict[str, list] = {name: [] for name in sides}
         for _ in range(rounds):
-            for side, results in found.items():
-                code = LOAD.format(root=str(ROOT), side=side, folder=folder, config=str(astuple(c)[:5])[1:-1],
-                                   dtype=dtype)  # fmt: skip
-                said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-                results.append([float(x) for x in said.split()])
-    return dict(size=f"{size / 1e9:.2f} GB", work="loading", against=f"load_state_dict, to {str(dtype)[6:]}",
-                **{side: [r[0] for r in results] for side, results in found.items()},
-                memory=[max(r[1] for r in results) for results in found.values()])  # fmt: skip
+            for name, (checkout, side) in sides.items():
+                config = ", ".join(map(str, astuple(LOADED)))
+                code = LOAD.format(checkout=str(checkout), side=side, folder=folder, config=config, dtype=dtype)
+                process = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+                results[name].append([float(number) for number in process.stdout.split()])
+    method = "load_state_dict" if "theirs" in sides else "before"
+    row: dict[str, list] = {name: [seconds for seconds, _ in pairs] for name, pairs in results.items()}
+    row["memory"] = [max(peak for _, peak in pairs) for pairs in results.values()]
+    return dict(size=f"{size / 1e9:.2f} GB", work="loading", against=f"{method}, to {str(dtype)[6:]}") | row
+
+
+def per_added_layer(sides: Sides, rows: list[dict], kind: str) -> dict | None:
+    """The difference of the rows with 2 layers and with 1 layer of a 7B; None unless there are both."""
+    pair = [row for row in rows if row["size"].startswith("7B") and row["work"] == kind]
+    if len(pair) < 2:
+        return None
+    medians = [[statistics.median(row[name]) for name in sides] for row in pair]
+    seconds = {name: [two - one] for name, one, two in zip(sides, *medians)}
+    return dict(size="7B", work=kind, against="per added layer", flops=pair[1]["flops"] - pair[0]["flops"]) | seconds
 
 
 # --- the table
 
 
-def line(row: dict, peak: float) -> str:
-    a, b = (statistics.median(row[side]) for side in ("ours", "theirs"))
-    spread = "{:.3g}-{:.3g} / {:.3g}-{:.3g}".format(*(f(row[s]) for s in ("ours", "theirs") for f in (min, max)))
-    text = f"{row['size']:13} {row['work']:11} {row['against']:28} {a:8.3f} {b:8.3f} {b / a:7.2f} x"
-    held = row.get("memory")
-    text += f" {held[0] / GIB:7.2f} {held[1] / GIB:7.2f} {held[0] / held[1]:6.2f}" if held else " " * 23
-    return text + (f" {100 * row['flops'] / a / peak:5.0f} %" if "flops" in row else " " * 8) + f"   {spread}"
+def format_row(row: dict, sides: Sequence[str], peak: float) -> str:
+    """One line: medians, ratios, and the share of the machine's best FLOP/s (`peak`) that ours reaches."""
+    ours, other = (statistics.median(row[name]) for name in sides)
+    text = f"{row['size']:13} {row['work']:11} {row['against']:28} {ours:8.3f} {other:8.3f} {other / ours:7.2f} x"
+    if "memory" in row:
+        memory_ours, memory_other = row["memory"]
+        text += f" {memory_ours / GIB:7.2f} {memory_other / GIB:7.2f} {memory_ours / memory_other:6.2f}"
+    else:
+        text += " " * 23
+    text += f" {100 * row['flops'] / ours / peak:5.0f} %" if "flops" in row else " " * 8
+    ranges = " / ".join(f"{min(row[name]):.3g}-{max(row[name]):.3g}" for name in sides)
+    return f"{text}   {ranges}"
 
 
-HEAD = (f"{'size':13} {'work':11} {'against':28} {'ours, s':>8} {'theirs':>8} {'faster':>9} {'GiB':>7} {'theirs':>7} "
-        f"{'ratio':>6} {'peak':>7}   range of seconds: ours / theirs")  # fmt: skip
+def heading(sides: Sequence[str]) -> str:
+    ours, other = sides
+    return (f"{'size':13} {'work':11} {'against':28} {f'{ours}, s':>8} {other:>8} {'faster':>9} {'GiB':>7} {other:>7} "
+            f"{'ratio':>6} {'peak':>7}   range of seconds: {ours} / {other}")  # fmt: skip
+
+
+def measure_rows(a: argparse.Namespace, sides: Sides):
+    """Yields the rows one by one."""
+    rows = []
+    for size in a.sizes:
+        rounds = min(a.rounds, 3) if size.startswith("7B") else a.rounds
+        for kind in ("stage 1", "stage 2"):
+            if kind in a.work:
+                rows.append(compare_training(sides, size, kind, rounds))
+                yield rows[-1]
+        if "answers" in a.work and size == "middle":
+            for at_once in (1, 8) if "theirs" in sides else (1,):
+                yield compare_answers(sides, size, at_once, min(a.rounds, 3))
+    if "loading" in a.work:
+        for dtype in (torch.float16, torch.float32):
+            yield compare_loading(sides, dtype, min(a.rounds, 5))
+    for kind in ("stage 1", "stage 2"):
+        row = per_added_layer(sides, rows, kind)
+        if row:
+            yield row
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpForm)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), metavar="SIZE",
-                        help="of the LLaMA: " + "; ".join(SIZES))  # fmt: skip
-    parser.add_argument("--work", nargs="+", choices=("stage 1", "stage 2", "answers", "loading"),
-                        default=["stage 1", "stage 2", "answers", "loading"], help="what is timed")  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each side; the times are their medians")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json", help="the JSON to write")
-    parser.add_argument("--alone", nargs=6, help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--sizes", nargs="+", choices=SIZES, default=list(SIZES), metavar="SIZE", help="of the LLaMA: "
+        + "; ".join(SIZES))  # fmt: skip
+    add("--work", nargs="+", choices=WORK, default=list(WORK), metavar="WORK", help="what to time: " + "; ".join(WORK))
+    add("--rounds", type=int, default=7, help="turns of each side; times are medians over them")
+    add("--before", type=Path, metavar="DIR", help="another checkout of this project, to time instead of transformers")
+    add("--out", type=Path, default=Path(__file__).parent / "results.json", help="the JSON file to write")
+    add("--alone", nargs=6, help=argparse.SUPPRESS)
     a = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     if a.alone:
-        return alone(*a.alone[:3], *map(int, a.alone[3:]))
-    own, rows = peak_matmul(torch.matmul), []
-    peak = max(own, peak_matmul(cpu.linear))  # what this machine can do
+        side, size, kind, *numbers = a.alone
+        alone(side, size, kind, *map(int, numbers))
+        return
+    sides = AGAINST_TRANSFORMERS
+    if a.before:
+        if not (a.before / "bench/run.py").is_file():
+            raise UserError(f"--before {a.before}: has no bench/run.py; give the root of another checkout")
+        sides = {"ours": (ROOT, "ours"), "before": (a.before.resolve(), "ours")}
+
+    torch_peak = peak_matmul(torch.matmul)
+    speed_up(keep_memory=False)  # F.linear may now be faster than torch.matmul
+    peak = max(torch_peak, peak_matmul(F.linear))
     about = dict(machine=platform.processor() or platform.machine(), threads=torch.get_num_threads(),
                  torch=torch.__version__, transformers=transformers.__version__, peak_flops=peak,
-                 torch_matmul_flops=own)  # fmt: skip
-    print(f"{about['threads']} threads, {peak / 1e9:.0f} GFLOP/s in the best matmul ({own / 1e9:.0f} in torch's own); "
-          f"torch {torch.__version__}, transformers {transformers.__version__}\n{HEAD}", flush=True)  # fmt: skip
-
-    def add(row):
+                 torch_matmul_flops=torch_peak, before=a.before and str(a.before))  # fmt: skip
+    print(f"{about['threads']} threads, {peak / 1e9:.0f} GFLOP/s in the fastest product of matrices "
+          f"({torch_peak / 1e9:.0f} in torch.matmul); torch {torch.__version__}, transformers "
+          f"{transformers.__version__}\n{heading(list(sides))}", flush=True)  # fmt: skip
+    rows = []
+    for row in measure_rows(a, sides):
         rows.append(row)
-        print(line(row, peak), flush=True)
-
-    for size in a.sizes:
-        for kind in ("stage 1", "stage 2"):
-            if kind in a.work:
-                add(compare(size, kind, a.rounds if not size.startswith("7B") else min(a.rounds, 3)))
-        if "answers" in a.work and size == "middle":
-            for at_once in (1, 8):
-                add(compare_answers(size, at_once, min(a.rounds, 3)))
-    if "loading" in a.work:
-        for dtype in (torch.float16, torch.float32):
-            add(compare_loading(dtype, 5))
-    for kind in ("stage 1", "stage 2"):
-        seven = [row for row in rows if row["size"].startswith("7B") and row["work"] == kind]
-        if len(seven) == 2:
-            a_, b_ = (statistics.median(seven[1][s]) - statistics.median(seven[0][s]) for s in ("ours", "theirs"))
-            add(dict(size="7B", work=kind, against="per added layer", ours=[a_], theirs=[b_],
-                     flops=seven[1]["flops"] - seven[0]["flops"]))  # fmt: skip
-    checkpoint.write_json(a.out, dict(about=about, rows=rows))
+        print(format_row(row, list(sides), peak), flush=True)
+    write_json(a.out, dict(about=about, rows=rows))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

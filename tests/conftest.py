@@ -1,27 +1,35 @@
-"""What several test files share: tiny seeded models, their twins in `transformers`, a tiny tokenizer, flat batches."""
+"""Shared by the test files: tiny seeded models, their twins in `transformers`, a tiny tokenizer, samples, streams."""
 
 import io
+import os
 import signal
 import sys
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
-import sentencepiece
-import torch
-import transformers
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # hides the GPUs from torch: the tests compare results of the CPU
+
+import sentencepiece  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from conversation import IMAGE_ID  # noqa: E402
 from model import LLaMA, LLaMAConfig, LLaVA, Projection  # noqa: E402
 from vision import VisionConfig, VisionTransformer  # noqa: E402
 
-SHARED = ROOT.parent / "shared" / "data"  # outside the repository: what needs it is skipped without it
+SHARED = ROOT.parent / "shared" / "data"  # outside the repository; tests that read it are skipped if it is absent
 VIT = VisionConfig(image_size=42, patch_size=14, width=128, layers=3)  # 2 heads, 9 patches
 VOCAB = 97
-torch.set_num_threads(1)  # the models here are too small for more
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # begun in the background of a script: what is started here would
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # be deaf to Ctrl-C
+torch.set_num_threads(1)  # more threads slow down models of this size
+# A script's background job ignores SIGINT, and so would the processes that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
@@ -29,13 +37,13 @@ def llama_tokenizer():
     """The real tokenizer of LLaMA."""
     path = SHARED / "llama_tokenizer.model"
     if not path.is_file():
-        pytest.skip(f"{path} is not there")
+        pytest.skip(f"{path} is absent")
     return sentencepiece.SentencePieceProcessor(model_file=str(path))
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
-    """A SentencePiece model with LLaMA's settings and byte fallback, of few pieces."""
+    """A SentencePiece model of 340 pieces with LLaMA's settings, byte fallback included."""
     model = io.BytesIO()
     words = "A chat between a curious human and an assistant. ### Human: What? ### Assistant: A cat on a mat. ## #"
     sentencepiece.SentencePieceTrainer.train(
@@ -47,13 +55,20 @@ def tiny_tokenizer():
 
 
 def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Weights for which every part matters: matrices that keep the scale, gains around 1, biases that are seen."""
-    dice = torch.Generator().manual_seed(seed)
+    """Fills a module so that an error in any parameter changes the output, and returns it.
+
+    Matrices keep the scale of their input, gains lie around 1, and biases differ from 0.
+    """
+    rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
-            noise = torch.randn(p.shape, generator=dice)
-            gain = p.ndim == 1 and name.endswith("weight")
-            p.copy_(1 + 0.3 * noise if gain else 0.3 * noise if p.ndim == 1 else 1.5 * noise / p[0].numel() ** 0.5)
+            noise = torch.randn(p.shape, generator=rng)
+            if p.ndim > 1:
+                p.copy_(1.5 * noise / p[0].numel() ** 0.5)
+            elif name.endswith("weight"):
+                p.copy_(1 + 0.3 * noise)
+            else:
+                p.copy_(0.3 * noise)
     return module
 
 
@@ -74,7 +89,7 @@ def tiny_llava(n_kv_heads: int = 2, seed: int = 0, stage: int = 2) -> LLaVA:
 
 # --- the same models in transformers
 
-LLAMA_LAYER = {  # a name in transformers -> LLaMA's own
+LLAMA_LAYER = {  # name in transformers -> name in LLaMA's release
     "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
     "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3",
     "mlp.down_proj": "feed_forward.w2", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
@@ -82,13 +97,16 @@ LLAMA_LAYER = {  # a name in transformers -> LLaMA's own
 
 
 def in_transformers(llama: LLaMA, of=lambda p: p) -> dict[str, torch.Tensor]:
-    """LLaMA's weights, or what `of` makes of each (its gradient), by their names and row order in transformers."""
+    """LLaMA's weights under the names and in the row order of transformers.
+
+    of: maps each parameter to the tensor to return, for example to its gradient.
+    """
     own = {name: of(p) for name, p in llama.named_parameters()}
     named = {"embed_tokens.weight": own["tok_embeddings.weight"], "norm.weight": own["norm.weight"]}
     for i in range(llama.config.n_layers):
         for theirs, ours in LLAMA_LAYER.items():
             weight = own[f"layers.{i}.{ours}.weight"]
-            if ours in ("attention.wq", "attention.wk"):  # RoPE there turns halves, not adjacent pairs
+            if ours in ("attention.wq", "attention.wk"):  # RoPE there turns halves, not pairs
                 weight = weight.unflatten(0, (-1, llama.config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
             named[f"layers.{i}.{theirs}.weight"] = weight
     return named | {"lm_head.weight": own["output.weight"]}
@@ -105,7 +123,7 @@ def llama_twin_config(llama: LLaMA, longest: int = 256) -> transformers.LlamaCon
 
 
 def load(module: torch.nn.Module, weights: dict) -> list[str]:
-    """Copies the weights in; no name may be unknown. Returns the names that were not among them."""
+    """Copies weights into a module that has a parameter for each. Returns the names of its other parameters."""
     copies = {name: weight.detach().clone() for name, weight in weights.items()}
     missing, unexpected = module.load_state_dict(copies, strict=False)
     assert not unexpected, unexpected
@@ -121,7 +139,7 @@ def llama_twin(llama: LLaMA) -> transformers.LlamaForCausalLM:
 
 
 def vit_twin(vit: VisionTransformer) -> transformers.CLIPVisionModel:
-    """Its blocks above the feature layer are random: nothing may depend on them."""
+    """The twin has all blocks. Those above the feature layer are random: the features do not depend on them."""
     c = vit.config
     twin = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
         hidden_size=c.width, intermediate_size=4 * c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads,
@@ -142,13 +160,13 @@ def vit_twin(vit: VisionTransformer) -> transformers.CLIPVisionModel:
                 named[f"encoder.layers.{i}.{theirs}.{kind}"] = own[f"{block}{ours}.{kind}"]
             for part, weight in zip("qkv", own[f"{block}attn.in_proj_{kind}"].chunk(3)):
                 named[f"encoder.layers.{i}.self_attn.{part}_proj.{kind}"] = weight
-    inner = twin.vision_model if hasattr(twin, "vision_model") else twin  # transformers 5 dropped the level
+    inner = twin.vision_model if hasattr(twin, "vision_model") else twin  # absent in transformers 5
     load(inner, named)
     return twin
 
 
 def llava_twin(llava: LLaVA, longest: int = 256) -> transformers.LlavaForConditionalGeneration:
-    """Pictures stand at the last id there. Its projector is replaced by one linear layer, W."""
+    """The twin has one linear layer, W, as its projector. The last id of the vocabulary marks a patch there."""
     vision, text = vit_twin(llava.vision), llama_twin_config(llava.llama, longest)
     twin = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
         vision_config=vision.config, text_config=text, image_token_id=text.vocab_size - 1,
@@ -164,7 +182,7 @@ def llava_twin(llava: LLaVA, longest: int = 256) -> transformers.LlavaForConditi
 
 
 def error(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """Relative, in the Euclidean norm."""
+    """The relative error in the Euclidean norm."""
     return ((ours - reference).norm() / reference.norm()).item()
 
 
@@ -172,28 +190,34 @@ def error(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def sample(length: int, picture_at: int | None, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids (T,) with 9 patches from `picture_at`, and green (T,): two runs, the second to the end."""
-    dice = torch.Generator().manual_seed(seed)
-    ids = torch.randint(2, VOCAB - 1, (length,), generator=dice)
+    """ids (T,) with 9 patches from `picture_at`, and green (T,): two runs, the second up to the end."""
+    rng = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, VOCAB - 1, (length,), generator=rng)
     green = torch.zeros(length, dtype=torch.bool)
     green[-4:] = green[-9:-6] = True
     if picture_at is not None:
-        ids = torch.cat([ids[:picture_at], torch.full((VIT.n_patches,), -1), ids[picture_at:]])
+        ids = torch.cat([ids[:picture_at], torch.full((VIT.n_patches,), IMAGE_ID), ids[picture_at:]])
         green = torch.cat([green[:picture_at], torch.zeros(VIT.n_patches, dtype=torch.bool), green[picture_at:]])
     ids[0] = 1
     return ids, green
 
 
 def samples(n: int = 4) -> list:
-    """n samples (ids, green, pixels (0 or 1, 3, S, S)) of different lengths; every fourth has no picture."""
-    dice = torch.Generator().manual_seed(n)
-    pixels = torch.randint(0, 256, (n, 1, 3, VIT.image_size, VIT.image_size), dtype=torch.uint8, generator=dice)
-    where = [3, 9, None, 1]
-    return [sample(12 + 5 * i % 17, where[i % 4], i) + (pixels[i][: where[i % 4] is not None],) for i in range(n)]
+    """n samples (ids, green, pixels (0 or 1, 3, size, size)) of different lengths; every fourth has no picture."""
+    rng = torch.Generator().manual_seed(n)
+    pixels = torch.randint(0, 256, (n, 1, 3, VIT.image_size, VIT.image_size), dtype=torch.uint8, generator=rng)
+    places = [3, 9, None, 1]
+    batch = []
+    for i in range(n):
+        picture_at = places[i % 4]
+        ids, green = sample(12 + 5 * i % 17, picture_at, i)
+        batch.append((ids, green, pixels[i, :0] if picture_at is None else pixels[i]))
+    return batch
 
 
-def flat(samples: list) -> dict:
-    """The samples as one flat batch, by the names of `LLaVA.forward`."""
+def stream(samples: list, system: Sequence[int] = ()) -> tuple[torch.Tensor, torch.Tensor, list[int], torch.Tensor]:
+    """The arguments of `LLaVA.forward` for samples (ids, green, pixels) behind a system message of these ids."""
     ids, green, pixels = zip(*samples)
-    borders = torch.tensor([0] + [len(i) for i in ids]).cumsum(0).int()
-    return dict(ids=torch.cat(ids), green=torch.cat(green), cu_seqlens=borders, pixels=torch.cat(pixels))
+    system_ids, system_green = torch.tensor(system, dtype=torch.long), torch.zeros(len(system), dtype=torch.bool)
+    borders = list(accumulate([len(system), *map(len, ids)]))
+    return torch.cat([system_ids, *ids]), torch.cat([system_green, *green]), borders, torch.cat(pixels)

@@ -1,10 +1,11 @@
-"""Kills training runs at random moments, starts them again with the same command, and counts what was lost.
+"""Kills training runs at random moments, restarts each with the same command, and counts the runs that lost something.
 
     python tests/kill.py --kills 30
 
-Both stages, one process and two, ddp and fsdp, uniform sampling; a state is saved at every step, so that many kills
-fall into a save. Each run goes on until it ends by itself; then its weights are compared bit for bit with those of a
-run that was let alone, and its metrics line for line (all but the seconds). Exit status 1 if anything differs.
+The runs cover both stages, one process and two, ddp and fsdp. Each saves its state at every step, so that many kills
+happen during a save. A killed run is restarted until it ends by itself. Then its weights must equal, bit for bit, those
+of a run that was not killed, and its metrics must equal line by line except for the seconds. The exit status is 1 if
+anything differs. Linux only.
 """
 
 import argparse
@@ -15,18 +16,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from test_train import chat, flags, inputs, metrics, stage_2, start
+import test_train
+from test_train import flags, metrics, stage_2, start
 
-FIXTURES = [fixture.__wrapped__ for fixture in (inputs, chat)]
+WEIGHTS = ("projector.pth", "consolidated.00.pth")  # of a run directory; stage 1 writes the first only
 
 
 class Folders:
-    """What pytest's tmp_path_factory is to the fixtures."""
+    """Stands in for pytest's tmp_path_factory."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -36,21 +39,113 @@ class Folders:
         return self.root / name
 
 
-def tree(pid: int) -> list[int]:
-    """A process and all below it, the lowest first."""
-    below = []
+def make_inputs(root: Path) -> Path:
+    """Calls the fixture of test_train.py: tiny backbones and captioned pictures."""
+    return test_train.inputs.__wrapped__(Folders(root))
+
+
+def make_chat(inputs: Path, root: Path) -> Path:
+    """Calls the fixture of test_train.py: a finished run of stage 1, and conversations."""
+    return test_train.chat.__wrapped__(inputs, Folders(root))
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all processes below it, children before parents."""
+    found = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
-            below += [p for child in path.read_text().split() for p in tree(int(child))]
-        except OSError:
+            children = path.read_text().split()
+        except OSError:  # the process has just ended
+            continue
+        for child in children:
+            found += descendants(int(child))
+    return [*found, pid]
+
+
+def kill(process: subprocess.Popen):
+    """Sends SIGKILL to a process and to all processes below it, and waits for its end."""
+    for pid in descendants(process.pid):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
             pass
-    return [*below, pid]
+    process.communicate()
 
 
-def result(out: Path):
-    weights = [torch.load(path) for path in (out / "projector.pth", out / "consolidated.00.pth") if path.is_file()]
-    lines = [{k: v for k, v in line.items() if k != "seconds"} for line in metrics(out)]
-    return {k: v for part in weights for k, v in part.items()}, lines
+@dataclass
+class Result:
+    """What a run directory holds, in a form that two runs can be compared by."""
+
+    weights: dict[str, torch.Tensor]
+    lines: list[dict]  # of metrics.jsonl, without the seconds
+
+    def differences(self, other: "Result") -> list[str]:
+        found = []
+        same_names = self.weights.keys() == other.weights.keys()
+        if not same_names or not all(torch.equal(self.weights[name], other.weights[name]) for name in self.weights):
+            found.append("WEIGHTS DIFFER")
+        if self.lines != other.lines:
+            found.append(f"METRICS DIFFER ({len(other.lines)} lines, expected {len(self.lines)})")
+        return found
+
+
+def result(out: Path) -> Result:
+    weights = {}
+    for path in [out / name for name in WEIGHTS if (out / name).is_file()]:
+        weights |= torch.load(path, weights_only=True)
+    return Result(weights, [{key: value for key, value in line.items() if key != "seconds"} for line in metrics(out)])
+
+
+def run_to_end(arguments: list[str], processes: int):
+    process = start(arguments, processes)
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+
+
+@dataclass
+class Kind:
+    """One kind of training run. The last three fields are of a run that was not disturbed."""
+
+    name: str
+    processes: int  # of torchrun; 0 = without torchrun
+    arguments: list[str]  # for train.py, without --out
+    expected: Result | None = None
+    seconds: float = 0.0  # from the start of the command to its end
+    step_seconds: float = 0.0  # of all steps
+
+    def measure(self, out: Path):
+        """Runs it undisturbed."""
+        began = time.time()
+        run_to_end([*self.arguments, "--out", str(out)], self.processes)
+        self.seconds, self.step_seconds = time.time() - began, sum(line["seconds"] for line in metrics(out))
+        self.expected = result(out)
+
+
+def make_kinds(root: Path) -> list[Kind]:
+    inputs = make_inputs(root)
+    chat = make_chat(inputs, root)
+    stages = {"stage 1": flags(inputs, None), "stage 2": stage_2(inputs, chat, None, max_steps=None)}
+    common = ["--epochs", "8", "--sampling", "uniform", "--save-every", "1", "--workers", "1"]
+    return [
+        Kind(f"{stage}, {max(1, processes)} process(es), {parallel}", processes,
+             [*arguments, *common, "--parallel", parallel])
+        for stage, arguments in stages.items()
+        for processes, parallel in ((0, "ddp"), (2, "ddp"), (2, "fsdp"))
+    ]  # fmt: skip
+
+
+def run_with_kills(kind: Kind, out: Path, rng: random.Random) -> int:
+    """Restarts a run until it ends by itself -> how many times it was killed."""
+    kills = 0
+    while True:
+        process = start([*kind.arguments, "--out", str(out)], kind.processes)
+        try:
+            _, stderr = process.communicate(timeout=kind.seconds * rng.uniform(0.3, 1.1))
+            assert process.returncode == 0, stderr
+            return kills
+        except subprocess.TimeoutExpired:
+            kill(process)
+            kills += 1
 
 
 def main():
@@ -58,47 +153,19 @@ def main():
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
-    dice, kills, runs, lost, root = random.Random(a.seed), 0, 0, 0, Path(tempfile.mkdtemp())
-    given = FIXTURES[0](Folders(root))
-    talk = FIXTURES[1](given, Folders(root))
-    kinds = []
-    for name, stage in (("stage 1", flags(given, root)), ("stage 2", stage_2(given, talk, root, epochs=8, max_steps=None))):
-        for processes, parallel in ((0, "ddp"), (2, "ddp"), (2, "fsdp")):
-            more = ["--epochs", "8", "--sampling", "uniform", "--save-every", "1", "--workers", "1", "--parallel", parallel]
-            kinds.append((name, processes, parallel, [*stage, *more]))
-    whole = {}
-    while kills < a.kills:
-        name, processes, parallel, arguments = kind = kinds[dice.randrange(len(kinds))]
-        key, where = kind[:3], arguments.index(str(root))
-        if key not in whole:
-            began, arguments[where] = time.time(), str(root / f"whole-{len(whole)}")
-            process = start(arguments, processes)
-            error = process.communicate()[1]
-            assert process.returncode == 0, error
-            whole[key] = (*result(Path(arguments[where])), time.time() - began)
-            arguments[where] = str(root)
-        weights, lines, seconds = whole[key]
-        out, before, runs = root / f"killed-{runs}", kills, runs + 1
-        arguments = [*arguments[:where], str(out), *arguments[where + 1 :]]
-        while True:
-            process = start(arguments, processes)
-            try:
-                error = process.communicate(timeout=seconds * dice.uniform(0.3, 1.1))[1]
-                assert process.returncode == 0, error
-                break
-            except subprocess.TimeoutExpired:
-                for pid in tree(process.pid):
-                    try:
-                        os.kill(pid, signal.SIGKILL)
-                    except ProcessLookupError:
-                        pass
-                process.communicate()
-                kills += 1
-        again, said = result(out)
-        same = weights.keys() == again.keys() and all(torch.equal(weights[k], again[k]) for k in weights)
-        lost += not same or said != lines
-        print(f"{name}, {processes or 1} process(es), {parallel}: {kills - before} kills; weights "
-              f"{'equal' if same else 'DIFFER'}, {len(said)} lines {'equal' if said == lines else 'DIFFER'}", flush=True)  # fmt: skip
+    rng, kills, runs, lost = random.Random(a.seed), 0, 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        kinds = make_kinds(root)
+        while kills < a.kills:
+            kind = rng.choice(kinds)
+            if kind.expected is None:
+                kind.measure(root / f"expected-{runs}")
+            out = root / f"killed-{runs}"
+            n = run_with_kills(kind, out, rng)
+            differences = kind.expected.differences(result(out))
+            kills, runs, lost = kills + n, runs + 1, lost + bool(differences)
+            print(f"{kind.name}: {n} kills; {', '.join(differences) or 'same weights and metrics'}", flush=True)
     print(f"{kills} kills in {runs} runs, {lost} of which differ")
     raise SystemExit(bool(lost))
 

@@ -1,4 +1,4 @@
-"""vision.py: CLIP's ViT and preprocessing against `transformers`, and pictures that are none or are bombs."""
+"""vision.py: CLIP's ViT and preprocessing against `transformers`, and the refusal of damaged or oversized pictures."""
 
 import io
 import struct
@@ -17,17 +17,17 @@ from vision import normalize, open_picture, preprocess
 
 
 def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Light and shade, hard edges and grain, in colour."""
-    dice = np.random.default_rng(seed)
+    """A colour picture with smooth shades, hard edges and noise."""
+    rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width] / max(width, height)
     picture = np.empty((height, width, 3))
     for channel in range(3):
-        waves = sum(np.sin(dice.normal(0, 2.0**k) * x + dice.normal(0, 2.0**k) * y + k) / k for k in range(1, 8))
-        picture[..., channel] = 128 + 60 * waves + dice.normal(0, 8, (height, width))
+        waves = sum(np.sin(rng.normal(0, 2.0**k) * x + rng.normal(0, 2.0**k) * y + k) / k for k in range(1, 8))
+        picture[..., channel] = 128 + 60 * waves + rng.normal(0, 8, (height, width))
     for _ in range(6):
-        left, top, size = dice.uniform(0, 1, 3)
+        left, top, size = rng.uniform(0, 1, 3)
         inside = (abs(x - left) < size / 6) & (abs(y - top) < size / 6)
-        picture[inside] = dice.uniform(0, 255, 3)
+        picture[inside] = rng.uniform(0, 255, 3)
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
 
 
@@ -38,14 +38,14 @@ def encoded(image: Image.Image, format: str = "PNG", **settings) -> bytes:
 
 
 def assert_parity(data: bytes):
-    """Equal pixels, and equal floats after the normalisation, to those of CLIPImageProcessor."""
+    """Compares with CLIPImageProcessor: equal pixels, and equal floats after the normalisation."""
     reference = load_image(Image.open(io.BytesIO(data)))
     crop = CLIPImageProcessorPil(do_rescale=False, do_normalize=False)(reference, return_tensors="np").pixel_values[0]
     pixels = preprocess(open_picture(data), 224)
-    assert (pixels.shape, pixels.dtype) == ((3, 224, 224), torch.uint8)
-    assert np.array_equal(pixels.numpy(), crop)
+    assert (pixels.shape, pixels.dtype) == ((3, 224, 224), np.uint8)
+    assert np.array_equal(pixels, crop) and pixels.flags.c_contiguous and pixels.flags.writeable
     expected = CLIPImageProcessorPil()(reference, return_tensors="pt").pixel_values
-    assert (normalize(pixels[None]) - expected).abs().max() <= 1e-6
+    assert (normalize(torch.from_numpy(pixels[None])) - expected).abs().max() <= 1e-6
 
 
 # --- preprocessing
@@ -55,7 +55,7 @@ SIZES = [(333, 500), (500, 333), (640, 427), (1, 300), (300, 1), (225, 224), (22
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_sizes_as_clip(size):
+def test_pictures_of_any_size_equal_clip(size):
     assert_parity(encoded(photograph(*size)))
 
 
@@ -86,34 +86,35 @@ MODES = {
 
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 @pytest.mark.parametrize("mode", MODES)
-def test_modes_as_clip(mode):
+def test_pictures_of_any_mode_equal_clip(mode):
     assert_parity(MODES[mode]())
 
 
-def test_alpha_as_clip():
+def test_a_picture_with_alpha_equals_clip():
     image = photograph(250, 301)
     image.putalpha(photograph(250, 301, seed=1).convert("L"))
     assert_parity(encoded(image))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_camera_turned_is_turned_back(orientation):
-    """All eight values of EXIF's orientation, each of a file whose pixels are stored turned to match."""
+def test_the_exif_orientation_is_applied(orientation):
+    """For each of its eight values, stores the pixels of an upright picture in that orientation."""
     upright = photograph(300, 200)
-    turns = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_90 TRANSVERSE ROTATE_270".split()
-    turn = ([None] + turns)[orientation - 1]
-    stored = upright if turn is None else upright.transpose(Image.Transpose[turn])
+    operations = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_90 TRANSVERSE ROTATE_270".split()
+    stored = upright
+    if orientation > 1:
+        stored = upright.transpose(Image.Transpose[operations[orientation - 2]])
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert np.array_equal(np.asarray(open_picture(encoded(stored, exif=exif))), np.asarray(upright))
     assert_parity(encoded(stored, "JPEG", exif=exif))
 
 
-# --- bad pictures
+# --- damaged, unsupported and oversized pictures
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that says it has this size and goes no further."""
+    """A PNG whose header declares this size, with 1000 zero bytes as its pixels."""
 
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -131,45 +132,46 @@ BROKEN = {
     "jpeg, first half": JPEG[: len(JPEG) // 2],
     "jpeg, header only": JPEG[:300],
     "png, first half": PNG[: len(PNG) // 2],
-    "png, a byte wrong": PNG[:2000] + bytes([PNG[2000] ^ 255]) + PNG[2001:],
+    "png, one byte changed": PNG[:2000] + bytes([PNG[2000] ^ 255]) + PNG[2001:],
     "eps": encoded(photograph(30, 20), "EPS"),
     "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
 }
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_broken_pictures_say_why(kind):
+def test_a_damaged_picture_raises_the_reason(kind):
     with pytest.raises(ValueError, match=r"not a readable picture \((none of JPEG, PNG, .*|\w+: .+)\)"):
         open_picture(BROKEN[kind])
 
 
-def test_no_format_that_runs_a_program_is_tried(monkeypatch):
+def test_no_decoder_runs_an_external_program(monkeypatch):
     from PIL import EpsImagePlugin
 
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: pytest.fail("Ghostscript was called"))
-    Image.init()  # all of Pillow's formats are known from here on
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was called"))
+    Image.init()  # registers all of Pillow's formats
     with pytest.raises(ValueError, match="none of JPEG, PNG"):
         open_picture(BROKEN["eps"])
 
 
 @pytest.mark.parametrize("size", [(50_000, 50_000), (10_001, 10_000), (2**31 - 1, 1), (2**31 - 1, 2**31 - 1)], ids=str)
-def test_a_bomb_is_refused_by_its_header(size, monkeypatch):
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("memory was taken for it"))
-    with pytest.raises(ValueError, match=r"over the limit of \d+|decompression bomb|not a readable"):
+def test_a_decompression_bomb_is_refused_by_its_header(size, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("its pixels were decoded"))
+    with pytest.raises(ValueError, match=r"exceed the limit of \d+|not a readable"):
         open_picture(png_header(*size))
 
 
-def test_the_limit_is_on_pixels_and_included(monkeypatch):
+def test_a_picture_of_exactly_max_pixels_is_read(monkeypatch):
     monkeypatch.setattr(vision, "MAX_PIXELS", 600)
     assert open_picture(encoded(photograph(30, 20))).size == (30, 20)
-    with pytest.raises(ValueError, match="601x1 pixels is over the limit of 600"):
+    with pytest.raises(ValueError, match="601x1 pixels exceed the limit of 600"):
         open_picture(encoded(photograph(601, 1)))
 
 
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (2, 9000)], ids=str)
-def test_a_long_thin_bomb_is_refused_before_it_is_resized(size, monkeypatch):
-    monkeypatch.setattr(Image.Image, "resize", lambda *a, **k: pytest.fail("memory was taken for it"))
-    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} pixels is too long and thin"):
+def test_a_picture_too_thin_to_resize_is_refused(size, monkeypatch):
+    """Resized to 224 pixels, it would have more than MAX_PIXELS."""
+    monkeypatch.setattr(Image.Image, "resize", lambda *_, **__: pytest.fail("it was resized"))
+    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} pixels: its sides differ too much"):
         preprocess(open_picture(encoded(Image.new("RGB", size))), 224)
 
 
@@ -177,9 +179,9 @@ def test_a_long_thin_bomb_is_refused_before_it_is_resized(size, monkeypatch):
 
 
 @pytest.mark.parametrize("feature_layer", [-1, -2, -3, -4])
-def test_features_are_those_of_clip(feature_layer):
+def test_features_equal_clip(feature_layer):
     vit = tiny_vit(feature_layer, seed=feature_layer)
-    assert len(vit.transformer.resblocks) == VIT.layers + 1 + feature_layer, "it stops at the layer it reads"
+    assert len(vit.transformer.resblocks) == VIT.layers + 1 + feature_layer, "no block above the feature layer"
     pixels = torch.randn(2, 3, VIT.image_size, VIT.image_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         features = vit(pixels)
@@ -188,6 +190,6 @@ def test_features_are_those_of_clip(feature_layer):
     assert error(features, expected) <= 1e-5
 
 
-def test_features_below_the_first_layer_are_refused():
+def test_a_feature_layer_below_the_first_is_refused():
     with pytest.raises(AssertionError):
         tiny_vit(-5)

@@ -1,6 +1,6 @@
-"""docs/walkthrough.md prints what it says it prints, and what the documents name is there.
+"""docs/walkthrough.md shows the output of its code, and the documents name only functions and files that exist.
 
-python tests/test_walkthrough.py writes the printed blocks of the walkthrough anew.
+`python tests/test_walkthrough.py` writes the output blocks of the walkthrough anew.
 """
 
 import contextlib
@@ -17,17 +17,17 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
-import demo  # noqa: E402
+from common import read_json  # noqa: E402
+from demo import world  # noqa: E402
 from vision import open_picture  # noqa: E402
 
 WALKTHROUGH = ROOT / "docs" / "walkthrough.md"
-BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL)  # code, and what it prints
+BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL)  # code, and its output
 FLOAT = re.compile(r"-?\d+\.\d+")
 
 
 def run_blocks(text: str):
-    """Runs the Python blocks of a document in one namespace -> (match, what it printed) of each, one by one."""
+    """Runs the Python blocks of a document in one namespace; yields each match and its output."""
     names = {}
     for match in BLOCK.finditer(text):
         printed = io.StringIO()
@@ -43,42 +43,38 @@ def renewed(text: str) -> str:
     return text
 
 
-def test_the_walkthrough_prints_what_it_says():
+def test_walkthrough_shows_the_output_of_its_code():
     for match, printed in run_blocks(WALKTHROUGH.read_text(encoding="utf-8")):
-        said = match[2] or ""
-        assert FLOAT.sub("#", printed) == FLOAT.sub("#", said)
-        # in fp32 the order of a sum differs between machines
-        expected = [pytest.approx(float(x), rel=1e-3, abs=2e-4) for x in FLOAT.findall(said)]
+        shown = match[2] or ""
+        assert FLOAT.sub("#", printed) == FLOAT.sub("#", shown)
+        # Machines add float32 numbers in different orders.
+        expected = [pytest.approx(float(x), rel=1e-3, abs=2e-4) for x in FLOAT.findall(shown)]
         assert list(map(float, FLOAT.findall(printed))) == expected, match[1]
 
 
-def test_its_record_is_the_first_of_the_demo(tmp_path, monkeypatch):
+def test_walkthrough_starts_from_the_first_record_of_the_demo(tmp_path, monkeypatch):
     for name, value in dict(CAPTIONED=1, HELD_OUT=1, QUIZ=dict(train=1)).items():
-        monkeypatch.setattr(demo, name, value)
-    demo.prepare(tmp_path / "demo", progress=False)
-    (record,) = checkpoint.read_json(tmp_path / "demo" / "captions.json")
+        monkeypatch.setattr(world, name, value)
+    world.prepare(tmp_path / "demo")
+    (record,) = read_json(tmp_path / "demo" / "captions.json")
     assert f"{record}\n" in WALKTHROUGH.read_text(encoding="utf-8")
-    dice = random.Random(f"data {demo.SEED}")
-    drawn = demo.draw_picture(demo.draw_scene(dice), dice)
+    rng = random.Random(f"data {world.SEED}")
+    drawn = world.draw_picture(world.draw_scene(rng), rng)
     assert open_picture((tmp_path / "demo" / "images" / record["image"]).read_bytes()).tobytes() == drawn.tobytes()
 
 
 @pytest.mark.parametrize("document", ["docs/walkthrough.md", "README.md"])
-def test_each_function_that_a_document_names_is_there(document):
-    """It is named as `file.py` `name`, `another`."""
-    named = re.findall(r"`(\w+)\.py`((?:,?\s`(?!\w+\.py`)[\w.]+`)+)", (ROOT / document).read_text(encoding="utf-8"))
+def test_documents_name_existing_functions(document):
+    """Documents write `file.py` `name`, `another`."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+)\.py`((?:,?\s`(?![\w/]+\.py`)[\w.]+`)+)", text)
     named = [(file, name) for file, names in named for name in re.findall("`(.*?)`", names)]
     assert len(named) > 10
     for file, name in named:
-        place = importlib.import_module(file)
+        place = importlib.import_module(file.replace("/", "."))
         for part in name.split("."):
             assert hasattr(place, part), f"{document} names {file}.py {name}"
             place = getattr(place, part)
-
-
-def test_the_tree_of_the_readme_has_every_file():
-    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## What is where")[1].split("```")[1]
-    assert {path.name for path in ROOT.glob("*.py")} == set(re.findall(r"^(\w+\.py) ", tree, re.MULTILINE))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,116 @@
+"""Errors that end in one line, and files that appear complete or not at all."""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+class UserError(Exception):
+    """A user's mistake, in one line: the value found, the value expected, and the remedy."""
+
+
+def run_command(main: Callable[[], None]):
+    """Runs the `main` of a command line: a UserError prints its line, Ctrl-C nothing, and neither a traceback."""
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # 128 + SIGINT, as shells report it
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description and appends a flag's default to its help, unless it is None or a switch."""
+
+    def _get_help_string(self, action):
+        hidden = action.default is None or isinstance(action.default, bool)
+        return action.help if hidden else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action):
+        return {int: "N", float: "X"}.get(action.type) or super()._get_default_metavar_for_optional(action)
+
+
+# --- text of files and models, for the terminal
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Replaces each character that could act on the terminal, except those in `keep`, by U+FFFD."""
+    return "".join(c if c.isprintable() or c in keep else "\ufffd" for c in text)
+
+
+def shorten(names: Iterable) -> str:
+    """The first three of many names, each of at most 120 characters: "a, b, c and 4 more"."""
+    names = [printable(str(name)[:120]) for name in names]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def reason(error: BaseException) -> str:
+    """The message of an exception in one line of at most 200 characters."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+    text = re.sub(r"Weights only load failed.*WeightsUnpickler error:\s*", "", text, flags=re.DOTALL)  # torch's advice
+    return printable(text.split("\n")[0][:200])
+
+
+# --- files
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """Opens a file for writing. It replaces `path` when the block ends without an error; else `path` is unchanged."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")  # beside it: a rename is atomic only within one file system
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # the content reaches the disk before the name does
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
+        raise write_error(path, error) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def append_lines(path: Path, lines: list[str]):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            file.writelines(f"{line}\n" for line in lines)
+    except OSError as error:
+        raise write_error(path, error) from None
+
+
+def write_error(path: Path, error: BaseException) -> UserError:
+    free = shutil.disk_usage(path.parent).free // 2**20 if path.parent.is_dir() else 0
+    return UserError(f"{path}: could not be written ({reason(error)}; {free} MiB are free there); an older file of "
+                     "this name is unchanged; free some space or choose another place")  # fmt: skip
+
+
+def write_json(path: str | Path, data):
+    with replacing(path) as file:
+        file.write((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(errors="replace"))
+
+
+def read_json(path: str | Path, kind: type = object) -> Any:
+    """The content of a JSON file, in UTF-8 with or without a BOM. kind: dict or list, where only that is accepted.
+
+    Raises UserError with the position of a syntax error.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"{path}: bad JSON in {place}: {error.msg}; is the file complete?") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({reason(error)}); is the path right?") from None
+    if not isinstance(data, kind):
+        raise UserError(f"{path}: holds a JSON {type(data).__name__}, expected a {kind.__name__}")
+    return data

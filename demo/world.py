@@ -1,0 +1,494 @@
+"""The demo's world: scenes, their pictures, captions, conversations and a science quiz. Everything derives from a seed.
+
+A scene holds one to three things, each with a size, colour, shape and place. A hash of the scene decides whether it is
+held out, so no held-out scene is in the training data. Without paths, train.py trains on this data and starts from the
+two backbones beside this file.
+
+    python -m demo.world DIR      # draws the data into DIR; train.py draws it into runs/demo when it needs it
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import zlib
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from common import HelpFormatter, UserError, run_command, write_error
+from conversation import IMAGE
+
+# A change of the world or of build.py needs a new RECIPE: the names of the backbones' files contain it.
+RECIPE, SEED = "scenes4", 1
+LLAMA = Path(__file__).parent / f"llama-{RECIPE}-seed{SEED}"
+VISION = Path(__file__).parent / f"vit-{RECIPE}-seed{SEED}.pt"
+FOLDER = Path(__file__).parent.parent / "runs" / "demo"  # the data
+
+CAPTIONED, HELD_OUT = 6400, 150  # pictures
+QUIZ = dict(train=9000, val=200, test=600)  # problems of each split
+SETTINGS = {  # override the paper's: this model is ten thousand times smaller and trains for minutes
+    "stage1": dict(epochs=3, batch_size=32, lr=5e-2),
+    "chat": dict(epochs=1, lr=1e-3),
+    "scienceqa": dict(epochs=2, lr=1e-3),
+}
+
+SIZES = ("big", "small")
+COLOURS = ("red", "green", "blue", "yellow", "purple", "black")
+SHAPES = ("circle", "square", "triangle", "cross")
+PLACES = ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")
+ATTRIBUTES = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "place": PLACES}
+NUMBERS = ("no", "one", "two", "three")
+
+PIXELS = 48  # of a picture, in each direction
+N_PATCHES = 36  # 6 x 6 of a picture, for the ViT beside this file
+CELL = PIXELS // 3  # pixels of one of the 3 x 3 places
+OVERSAMPLING = 4  # pictures are drawn larger by this factor, then averaged down for smooth edges
+RADIUS = {"big": 6.8, "small": 4.5}  # pixels
+RGB = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 70, 220), "yellow": (240, 210, 30),
+       "purple": (150, 50, 170), "black": (25, 25, 25)}  # fmt: skip
+
+SUBJECTS = ("natural science", "social science", "language science")
+CLASSES = {"dog": "mammal", "whale": "mammal", "horse": "mammal", "bat": "mammal", "eagle": "bird", "owl": "bird",
+           "penguin": "bird", "duck": "bird", "trout": "fish", "shark": "fish", "salmon": "fish", "frog": "amphibian",
+           "newt": "amphibian", "toad": "amphibian", "ant": "insect", "bee": "insect", "moth": "insect"}  # fmt: skip
+CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima",
+            "Cuba": "Havana", "Norway": "Oslo", "Greece": "Athens", "Kenya": "Nairobi", "India": "Delhi",
+            "China": "Beijing"}  # fmt: skip
+WORDS = {"house": "noun", "river": "noun", "apple": "noun", "window": "noun", "sing": "verb", "jump": "verb",
+         "write": "verb", "eat": "verb", "happy": "adjective", "cold": "adjective", "loud": "adjective",
+         "soft": "adjective"}  # fmt: skip
+NAMES = ("Mia", "Tom", "Ana", "Ben", "Eva", "Leo", "Ida", "Max")
+HABITATS = ("pond", "forest", "desert", "river", "cave", "meadow")
+GOODS = ("bread", "apples", "shoes", "books", "milk", "hats")
+TEXTS = ("poem", "letter", "story", "song", "speech", "diary")
+
+# Problems about a text, by subject: two lists of words, a fact about a word of each, questions, and the lecture.
+TEXT_PROBLEMS = {
+    "natural science": (tuple(CLASSES), HABITATS, "The {0} lives in the {1}.",
+                        ("Where does the {0} live?", "What is the home of the {0}?"),
+                        "A habitat is where an animal lives."),
+    "social science": (NAMES, GOODS, "{0} sells {1}.", ("Who sells {1}?", "From whom can you buy {1}?"),
+                       "A seller gives goods for money."),
+    "language science": (NAMES, TEXTS, "{0} wrote a {1}.", ("What did {0} write?", "Which text is by {0}?"),
+                         "An author writes a text."),
+}  # fmt: skip
+# Problems about general knowledge, by subject: answers by their word, questions, the solution, and the lecture.
+FACT_PROBLEMS = {
+    "natural science": (CLASSES, ("What kind of animal is the {}?", "To which class belongs the {}?"),
+                        "The {} is of the class {}.", "Animals are sorted into classes."),
+    "social science": (CAPITALS, ("What is the capital of {}?", "Which city governs {}?"),
+                       "The capital of {} is {}.", "The capital is the seat of the government."),
+    "language science": (WORDS, ("What kind of word is {}?", "Which part of speech is {}?"),
+                         "The word {} is of the kind {}.", "Words are sorted by what they do."),
+}  # fmt: skip
+
+
+# --- scenes and their pictures
+
+
+@dataclass(frozen=True)
+class Thing:
+    size: str
+    colour: str
+    shape: str
+    place: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+Scene = tuple[Thing, ...]  # in the order of PLACES; places and names are unique
+
+
+def is_scene(things: Collection[Thing]) -> bool:
+    return len({t.place for t in things}) == len({t.name for t in things}) == len(things)
+
+
+def in_order(things: Iterable[Thing]) -> Scene:
+    return tuple(sorted(things, key=lambda t: PLACES.index(t.place)))
+
+
+def is_held_out(scene: Scene) -> bool:
+    """True for one scene in eight."""
+    return zlib.crc32(repr(scene).encode()) % 8 == 0
+
+
+def empty_places(scene: Scene) -> list[str]:
+    taken = {t.place for t in scene}
+    return [place for place in PLACES if place not in taken]
+
+
+def draw_scene(rng: random.Random, held_out: bool = False, counts: Sequence[int] = (1, 2, 2, 3, 3)) -> Scene:
+    """counts: the numbers of things to choose from, with equal probability."""
+    while True:
+        n = rng.choice(counts)
+        scene = in_order(Thing(*(rng.choice(values) for values in ATTRIBUTES.values())) for _ in range(n))
+        if is_scene(scene) and is_held_out(scene) == held_out:
+            return scene
+
+
+def draw_picture(scene: Scene, rng: random.Random) -> Image.Image:
+    """An RGB image of PIXELS x PIXELS on a pale ground. Position, radius and shade of each thing vary a little."""
+    brightness = rng.randint(215, 250)
+    ground = tuple(brightness + rng.randint(-5, 5) for _ in range(3))
+    image = Image.new("RGB", (PIXELS * OVERSAMPLING, PIXELS * OVERSAMPLING), ground)
+    pen = ImageDraw.Draw(image)
+    for thing in scene:
+        row, column = divmod(PLACES.index(thing.place), 3)
+        x = OVERSAMPLING * (CELL * column + CELL / 2 + rng.uniform(-1, 1))
+        y = OVERSAMPLING * (CELL * row + CELL / 2 + rng.uniform(-1, 1))
+        r = OVERSAMPLING * (RADIUS[thing.size] + rng.uniform(-0.3, 0.3))
+        fill = tuple(max(0, min(255, channel + rng.randint(-12, 12))) for channel in RGB[thing.colour])
+        draw_shape(pen, thing.shape, x, y, r, fill)
+    return image.reduce(OVERSAMPLING)
+
+
+def draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple[int, ...]):
+    if shape == "circle":
+        pen.ellipse((x - r, y - r, x + r, y + r), fill)
+    elif shape == "square":
+        pen.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), fill)
+    elif shape == "triangle":
+        pen.polygon([(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)], fill)
+    else:
+        pen.rectangle((x - r, y - 0.3 * r, x + r, y + 0.3 * r), fill)
+        pen.rectangle((x - 0.3 * r, y - r, x + 0.3 * r, y + r), fill)
+
+
+# --- texts about a scene: a caption, and the three types of conversation of section 3. rng chooses the wording.
+
+
+def enumerate_words(parts: list[str]) -> str:
+    """["a", "b", "c"] -> "a, b and c" """
+    if len(parts) == 1:
+        return parts[0]
+    return ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def caption(scene: Scene, rng: random.Random) -> str:
+    if rng.random() < 0.5:
+        return enumerate_words([f"a {t.size} {t.name} at the {t.place}" for t in scene]) + "."
+    return enumerate_words([f"at the {t.place} a {t.size} {t.name}" for t in scene]) + "."
+
+
+def question_and_answer(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """A question with one short answer."""
+    t = rng.choice(scene)
+    kind = rng.choice(("colour", "shape", "size", "where", "what", "what", "count", "exists", "exists"))
+    if kind in ("colour", "shape"):
+        # The question names the thing by its other attribute, which no second thing may share.
+        other = "shape" if kind == "colour" else "colour"
+        values = [getattr(u, other) for u in scene]
+        unique = [u for u in scene if values.count(getattr(u, other)) == 1]
+        if not unique:
+            return question_and_answer(scene, rng)
+        t = rng.choice(unique)
+    if kind == "colour":
+        questions = f"What colour is the {t.shape}?", f"Which colour has the {t.shape}?"
+        answer = f"It is {t.colour}."
+    elif kind == "shape":
+        questions = f"What shape is the {t.colour} thing?", f"Which shape has the {t.colour} thing?"
+        answer = f"It is a {t.shape}."
+    elif kind == "size":
+        questions = f"How big is the {t.name}?", f"Is the {t.name} big or small?"
+        answer = f"It is {t.size}."
+    elif kind == "where":
+        questions = f"Where is the {t.name}?", f"In which place is the {t.name}?"
+        answer = f"It is at the {t.place}."
+    elif kind == "what":
+        place = t.place if rng.random() < 0.75 else rng.choice(PLACES)
+        questions = f"What is at the {place}?", f"What do you see at the {place}?"
+        found = [u for u in scene if u.place == place]
+        answer = f"A {found[0].size} {found[0].name}." if found else "Nothing is there."
+    elif kind == "count":
+        questions = "How many things are there?", "How many things do you see?"
+        answer = f"There {'is' if len(scene) == 1 else 'are'} {NUMBERS[len(scene)]}."
+    else:
+        name = t.name if rng.random() < 0.5 else f"{rng.choice(COLOURS)} {rng.choice(SHAPES)}"
+        questions = f"Is there a {name}?", f"Do you see a {name}?"
+        exists = any(u.name == name for u in scene)
+        answer = f"Yes, there is a {name}." if exists else f"No, there is no {name}."
+    return rng.choice(questions), answer
+
+
+def conversation(scene: Scene, rng: random.Random) -> list[str]:
+    """Up to seven questions, each with its answer; no question twice."""
+    answers = dict(question_and_answer(scene, rng) for _ in range(rng.randint(3, 7)))
+    return [message for turn in answers.items() for message in turn]
+
+
+def detail(scene: Scene, rng: random.Random) -> list[str]:
+    request = rng.choice(("Describe the picture in detail.", "What can be seen? Tell me everything.",
+                          "Give a detailed description of this picture."))  # fmt: skip
+    answer = f"The picture shows {NUMBERS[len(scene)]} {'thing' if len(scene) == 1 else 'things'} on a plain ground."
+    for t in scene:
+        answer += f" At the {t.place} there is a {t.shape}. It is {t.size} and {t.colour}."
+    return [request, answer]
+
+
+def nearest_to_sides(scene: Scene) -> list[tuple[str, Thing]]:
+    """(side, thing) of each side that one thing is nearer to than all the others."""
+    columns = [PLACES.index(t.place) % 3 for t in scene]
+    rows = [PLACES.index(t.place) // 3 for t in scene]
+    nearest = []
+    if len(scene) > 1:
+        for side, line, extreme in (("left", columns, min), ("right", columns, max),
+                                    ("top", rows, min), ("bottom", rows, max)):  # fmt: skip
+            if line.count(extreme(line)) == 1:
+                nearest.append((side, scene[line.index(extreme(line))]))
+    return nearest
+
+
+def reasoning(scene: Scene, rng: random.Random) -> list[str]:
+    """A question, and an answer that lists the facts before its conclusion."""
+    nearest = nearest_to_sides(scene)
+    sizes = [t.size for t in scene]
+    big, small = sizes.count("big"), sizes.count("small")
+    kinds = ["more"]
+    if nearest:
+        kinds += ["nearest", "nearest"]
+    if big == 1 and len(scene) > 1:
+        kinds.append("biggest")
+    kind = rng.choice(kinds)
+    if kind == "nearest":
+        side, thing = rng.choice(nearest)
+        questions = (f"Coming from the {side}, which thing would I reach first, and why?",
+                     f"Which thing is nearest to the {side} edge, and why?")  # fmt: skip
+        facts = enumerate_words([f"the {t.name} is at the {t.place}" for t in scene])
+        conclusion = f"So nearest to the {side} edge is the {thing.name}."
+    elif kind == "biggest":
+        questions = "Which thing would be the heaviest, and why?", "Which thing is the biggest, and why?"
+        facts = enumerate_words([f"the {t.name} is {t.size}" for t in scene])
+        conclusion = f"So it is the {scene[sizes.index('big')].name}."
+    else:
+        questions = "Are more things big or small, and why?", "Do big or small things prevail, and why?"
+        facts = f"Big: {NUMBERS[big]}. Small: {NUMBERS[small]}"
+        verdict = "more are big" if big > small else "more are small" if small > big else "they are as many"
+        conclusion = f"So {verdict}."
+    return [rng.choice(questions), f"{facts[0].upper()}{facts[1:]}. {conclusion}"]
+
+
+def with_picture(turns: list[str], rng: random.Random) -> list[str]:
+    """Puts the picture before or after the first question (Eq. 2)."""
+    first = f"{IMAGE}\n{turns[0]}" if rng.random() < 0.5 else f"{turns[0]}\n{IMAGE}"
+    return [first, *turns[1:]]
+
+
+# --- the science quiz: problems in the format of ScienceQA's problems.json
+
+
+def options(rng: random.Random, right: str, candidates: Iterable[str], most: int = 4) -> tuple[list[str], int]:
+    """Two to `most` shuffled choices, one of them right, and the index of the right one."""
+    wrong = [word for word in dict.fromkeys(candidates) if word != right]
+    n_wrong = min(len(wrong), rng.randint(1, most - 1))
+    choices = [right] + rng.sample(wrong, n_wrong)
+    rng.shuffle(choices)
+    return choices, choices.index(right)
+
+
+def picture_problem(subject: str, scene: Scene, rng: random.Random) -> dict:
+    t = rng.choice(scene)
+    if subject == "natural science":
+        questions = f"What colour is the thing at the {t.place}?", f"Which colour has the thing at the {t.place}?"
+        right, candidates, lecture = t.colour, COLOURS, "We see things by the light that they reflect."
+        solution = f"The {t.shape} at the {t.place} is {t.colour}."
+    elif subject == "social science":
+        questions = f"Look at the map. Where is the {t.name}?", f"In which part of the map is the {t.name}?"
+        right, candidates, lecture = t.place, PLACES, "A map shows where things are."
+        solution = f"The {t.name} is at the {t.place}."
+    else:
+        questions = f"Which word names the thing at the {t.place}?", f"Which noun fits the thing at the {t.place}?"
+        right, candidates, lecture = t.shape, SHAPES, "A noun names a thing."
+        solution = f"At the {t.place} there is a {t.shape}."
+    question = rng.choice(questions)
+    choices, answer = options(rng, right, candidates)
+    hint = rng.choice(("", "", "The picture shows a few things."))
+    return dict(question=question, choices=choices, answer=answer, hint=hint, lecture=lecture, solution=solution)
+
+
+def text_problems(subject: str, rng: random.Random, n: int = 3) -> list[dict]:
+    """n problems with one hint, a text of n facts that answers them all."""
+    firsts, seconds, fact, questions, lecture = TEXT_PROBLEMS[subject]
+    pairs = list(zip(rng.sample(firsts, n), rng.sample(seconds, n)))
+    hint = " ".join(fact.format(*pair) for pair in pairs)
+    problems = []
+    for pair in rng.sample(pairs, n):
+        question = rng.choice(questions)
+        if "{1}" in question:  # names the second word and asks for the first
+            asked, solution = 0, "You buy {1} from {0}."
+        else:
+            asked, solution = 1, fact
+        choices, answer = options(rng, pair[asked], [p[asked] for p in pairs], most=3)
+        problems.append(dict(question=question.format(*pair), choices=choices, answer=answer, hint=hint,
+                             lecture=lecture, solution=solution.format(*pair)))  # fmt: skip
+    return problems
+
+
+def fact_problem(subject: str, rng: random.Random) -> dict:
+    answers, questions, solution, lecture = FACT_PROBLEMS[subject]
+    word = rng.choice(list(answers))
+    choices, answer = options(rng, answers[word], answers.values())
+    question = rng.choice(questions).format(word)
+    solution = solution.format(word, answers[word])
+    return dict(question=question, choices=choices, answer=answer, hint="", lecture=lecture, solution=solution)
+
+
+def quiz_problem(rng: random.Random, held_out: bool = False) -> tuple[dict, Scene | None]:
+    """A problem that needs its picture, its hint or general knowledge, and the scene of its picture."""
+    subject = rng.choice(SUBJECTS)
+    kind = rng.choice(("picture", "picture", "text", "fact"))
+    scene = None
+    if kind == "picture":
+        scene = draw_scene(rng, held_out)
+        problem = picture_problem(subject, scene, rng)
+    elif kind == "text":
+        problem = text_problems(subject, rng)[0]
+    else:
+        problem = fact_problem(subject, rng)
+    problem |= dict(image="image.png" if scene else None, task="closed choice", grade=f"grade{rng.randint(1, 12)}",
+                    subject=subject, topic=subject.split()[0], category=kind, skill=f"{subject}: {kind}")  # fmt: skip
+    return problem, scene
+
+
+# --- the data in the published formats
+
+
+def data_of(name: str) -> tuple[list[Path], Path]:
+    """The data files and the folder of pictures, in FOLDER, of a run with this name (a key of SETTINGS)."""
+    if name == "scienceqa":
+        return [FOLDER / "scienceqa"], FOLDER / "scienceqa"
+    files = ["captions"] if name == "stage1" else ["conversation", "detail", "reasoning"]
+    return [FOLDER / f"{file}.json" for file in files], FOLDER / "images"
+
+
+def prepare(folder: Path | None = None):
+    """Draws the data into `folder` (default: FOLDER), unless it already holds the data of this recipe:
+
+        captions.json                  [{"image", "caption"}, ...], for stage 1
+        conversation.json, detail.json, reasoning.json     LLaVA JSON about the same pictures, for the chatbot
+        heldout.json                   held-out scenes: [{"image", "scene", "caption", "questions"}, ...]
+        images/                        train-*.png of the files above, test-*.png of heldout.json
+        scienceqa/                     problems.json, pid_splits.json, images/{split}/{id}/image.png
+        recipe.json                    the constants that the data depends on
+
+    The folder appears under its name only when it is complete. Raises UserError if `folder` holds other files, or if
+    the data cannot be written.
+    """
+    folder = Path(folder or FOLDER)
+    recipe = json.dumps(dict(recipe=RECIPE, seed=SEED, captioned=CAPTIONED, held_out=HELD_OUT, quiz=QUIZ))
+    if folder.exists():
+        drawn = folder / "recipe.json"
+        if drawn.is_file() and drawn.read_text(encoding="utf-8") == recipe:
+            return
+        if not folder.is_dir() or (any(folder.iterdir()) and not drawn.is_file()):
+            raise UserError(f"{folder}: exists and holds no data of the demo; name a new folder, or remove this one")
+    partial = folder.with_name(folder.name + ".partial")
+    rng = random.Random(f"data {SEED}")
+    total = CAPTIONED + HELD_OUT + sum(QUIZ.values())
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "images").mkdir(parents=True)
+        with tqdm(total=total, desc="drawing the demo's data", mininterval=1) as bar:
+            write_training_data(partial, rng, bar.update)
+            write_held_out(partial, rng, bar.update)
+            write_quiz(partial / "scienceqa", rng, bar.update)
+        (partial / "recipe.json").write_text(recipe, encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except OSError as error:
+        raise write_error(folder, error) from None
+
+
+def write_training_data(folder: Path, rng: random.Random, progress: Callable[[], object]):
+    """CAPTIONED pictures, each with a caption and one conversation of each type."""
+    types = {"conversation": conversation, "detail": detail, "reasoning": reasoning}
+    records = {name: [] for name in ("captions", *types)}
+    for i in range(CAPTIONED):
+        scene, image = draw_scene(rng), f"train-{i:05}.png"
+        draw_picture(scene, rng).save(folder / "images" / image)
+        records["captions"].append({"image": image, "caption": caption(scene, rng)})
+        for name, converse in types.items():
+            turns = with_picture(converse(scene, rng), rng)
+            roles = ("human", "gpt") * len(turns)
+            messages = [{"from": role, "value": text} for role, text in zip(roles, turns)]
+            records[name].append({"id": f"{name}-{i:05}", "image": image, "conversations": messages})
+        progress()
+    for name, rows in records.items():
+        (folder / f"{name}.json").write_text(json.dumps(rows, indent=0), encoding="utf-8")
+
+
+def write_held_out(folder: Path, rng: random.Random, progress: Callable[[], object]):
+    """HELD_OUT different scenes, each with its picture, a caption and up to six questions."""
+    scenes = {}  # a dict keeps their order
+    while len(scenes) < HELD_OUT:
+        scenes[draw_scene(rng, held_out=True)] = None
+    records = []
+    for i, scene in enumerate(scenes):
+        image = f"test-{i:05}.png"
+        draw_picture(scene, rng).save(folder / "images" / image)
+        answers = dict(question_and_answer(scene, rng) for _ in range(6))
+        questions = [{"question": question, "answer": answer} for question, answer in answers.items()]
+        things = [vars(t) for t in scene]
+        records.append({"image": image, "scene": things, "caption": caption(scene, rng), "questions": questions})
+        progress()
+    (folder / "heldout.json").write_text(json.dumps(records, indent=0), encoding="utf-8")
+
+
+def write_quiz(folder: Path, rng: random.Random, progress: Callable[[], object]):
+    """The splits of QUIZ as a ScienceQA folder. Only the training split shows scenes that are not held out."""
+    folder.mkdir()
+    problems, splits = {}, {split: [] for split in QUIZ}
+    for split, count in QUIZ.items():
+        for _ in range(count):
+            id = str(len(problems) + 1)
+            problem, scene = quiz_problem(rng, held_out=split != "train")
+            problems[id] = problem | {"split": split}
+            splits[split].append(id)
+            if scene:
+                path = folder / "images" / split / id / "image.png"
+                path.parent.mkdir(parents=True)
+                draw_picture(scene, rng).save(path)
+            progress()
+    (folder / "problems.json").write_text(json.dumps(problems, indent=0), encoding="utf-8")
+    (folder / "pid_splits.json").write_text(json.dumps(splits), encoding="utf-8")
+
+
+# --- for train.py
+
+
+def begin(a: argparse.Namespace):
+    """Completes the arguments of train.py for a run of the demo. Process 0 draws the data if it is missing.
+
+    a.name is a key of SETTINGS; a.init_from is a run directory, None, or "none" for stage 2 without stage 1.
+    """
+    from distributed import by_process_0
+
+    if a.stage == 2 and a.init_from is None:
+        a.init_from = "runs/stage1"
+    if a.init_from in (None, "none"):
+        a.llama, a.vision, a.init_from = LLAMA, VISION, None
+    a.data, a.images = data_of(a.name)
+    overridden = {name: value for name, value in SETTINGS[a.name].items() if getattr(a, name) is None}
+    for name, value in overridden.items():
+        setattr(a, name, value)
+    if overridden and os.environ.get("RANK", "0") == "0":
+        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in overridden.items())
+        print(f"demo: {flags} override the paper's settings, which are for a larger model")
+    by_process_0(prepare)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a new folder for the data")
+    prepare(parser.parse_args().folder)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,112 @@
+"""tools/web_chat.py: the handlers of the page, with a stand-in for gradio that records its calls; on a tiny random run."""
+
+import runpy
+import sys
+import types
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from test_eval_scienceqa import run  # noqa: F401  (a fixture)
+
+import chat
+from tools import web_chat
+
+
+class PageError(Exception):
+    """Replaces gradio.Error, which the page shows."""
+
+    def __init__(self, message, print_exception):
+        super().__init__(message)
+
+
+@pytest.fixture
+def talker(run):  # noqa: F811
+    return chat.Chat(run, torch.device("cpu"), max_new_tokens=20, temperature=0.0, top_p=1.0, seed=0)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.linear_gradient("L").resize((50, 40)).save(tmp_path / "a picture.png")
+    return tmp_path / "a picture.png"
+
+
+@pytest.fixture
+def page(talker):
+    """The stand-in for gradio, and the handlers look and answer that `serve` gave to it."""
+    gradio = MagicMock(Error=PageError)
+    web_chat.serve(talker, gradio)
+    look, answer = gradio.File().change.call_args.args[0], gradio.Textbox().submit.call_args.args[0]
+    return gradio, look, answer
+
+
+def messages(turns):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+def command(monkeypatch, *arguments) -> str:
+    """The error of `python -m tools.web_chat`."""
+    monkeypatch.setattr(sys, "argv", ["web_chat.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "tools/web_chat.py"), run_name="__main__")
+    assert str(end.value.code).startswith("error: ") and "\n" not in end.value.code
+    return end.value.code
+
+
+def test_only_this_machine_can_open_the_page_and_gradio_reports_nothing(page):
+    gradio, _, answer = page
+    assert gradio.Blocks.call_args.kwargs["analytics_enabled"] is False
+    gradio.Blocks().__enter__().launch.assert_called_once_with(server_name="127.0.0.1", share=False)
+    assert gradio.Textbox().submit.call_args.kwargs["concurrency_limit"] == 1  # the model answers one at a time
+
+
+def test_each_browser_has_its_own_turns_and_its_answers_stream(page, talker, picture):
+    gradio, look, answer = page
+    shown, turns, talk = look(str(picture))
+    assert shown.size == (50, 40) and turns == talk == []
+    for path in (picture, None):
+        talker.look(path)
+        expected = [*talker.ask("Which thing is red?")], [*talker.ask("And blue?")]
+        talker.look(None)
+        mine, other = [], []
+        for question, pieces in zip(("Which thing is red?", "And blue?"), expected):
+            before = [text.removeprefix("<image>\n") for text in mine]
+            text = ""
+            for (box, turns, talk), piece in zip(answer(question, mine, path and str(path)), pieces, strict=True):
+                text += piece
+                assert box == "" and talk == messages([*before, question, text])
+                *_, (_, other, _) = answer("Something else", other, None)  # another browser asks in between
+            mine = turns
+            assert mine[-1] == text.strip() and mine[0].startswith("<image>\n") == bool(path)
+        assert len(mine) == 4 and talker.turns == []
+    assert look(None) == (None, [], []) and [*answer("  ", mine, None)] == [gradio.skip()]
+
+
+def test_the_page_shows_the_error_of_a_bad_picture(page, tmp_path):
+    _, look, answer = page
+    (tmp_path / "text.png").write_text("no picture")
+    for handler in (look, lambda path: next(answer("Hi", [], path))):
+        with pytest.raises(PageError, match="^text.png: not a readable picture"):
+            handler(str(tmp_path / "text.png"))
+
+
+def test_a_page_that_cannot_be_opened_is_one_line(talker, monkeypatch):
+    gradio = MagicMock(Error=PageError)
+    gradio.Blocks().__enter__().launch.side_effect = ValueError("no\nproxy")
+    with pytest.raises(web_chat.UserError, match="could not be opened .*ValueError: no.*NO_PROXY=127.0.0.1,localhost$"):
+        web_chat.serve(talker, gradio)
+
+
+def test_without_gradio_6_the_error_names_the_pip_command_before_a_model_is_read(monkeypatch, tmp_path):
+    for gradio in (None, types.SimpleNamespace(__version__="5.49.1")):
+        monkeypatch.setitem(sys.modules, "gradio", gradio)
+        assert command(monkeypatch, "--model", tmp_path / "nowhere").endswith('pip install "gradio>=6"')
+
+
+def test_mistakes_end_in_one_line(monkeypatch, run, tmp_path):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "gradio", types.SimpleNamespace(__version__="6.1.0"))
+    assert "train.py --stage 2" in command(monkeypatch, "--model", tmp_path / "nowhere")
+    assert "none.png: No such file" in command(monkeypatch, "--model", run, "--image", tmp_path / "none.png")
+    assert "--top-p" in command(monkeypatch, "--model", run, "--top-p", 0)
