@@ -54,8 +54,7 @@ PAPER = {  # section 4.2: the settings of each run of the paper
     "scienceqa": dict(epochs=12, batch_size=32, lr=2e-5, sampling="proportional"),
 }
 MAX_GRAD_NORM = 1.0
-WORKER_TIMEOUT = 300  # seconds without a step from the data workers, after which the run ends
-WORKER_POLL = 5  # seconds between two looks at the data workers
+WORKER_TIMEOUT = 120  # seconds without a step from the data workers, after which the run ends
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 MAY_CHANGE = {"checkpoint_activations", "images", "log_every", "max_bad_samples", "max_length", "micro_batch_tokens",
               "parallel", "save_every", "workers"}  # flags that may differ when a run continues  # fmt: skip
@@ -251,32 +250,38 @@ def loaded(steps: Steps, order: range, workers: int) -> Iterator[Step]:
     If a worker dies or is stuck, the last Step holds the failure, so that the run can be saved before it ends.
     """
     loader = DataLoader(steps, batch_size=None, sampler=order, num_workers=workers, collate_fn=unchanged,
-                        worker_init_fn=ignore_signals, timeout=WORKER_POLL if workers else 0)  # fmt: skip
-    iterator, waited = iter(loader), 0
-    if hasattr(signal, "SIGCHLD"):  # PyTorch's handler would raise in the middle of a step
+                        worker_init_fn=ignore_signals)  # fmt: skip
+    iterator = iter(loader)
+    if hasattr(signal, "SIGCHLD"):  # PyTorch's handler would raise in the middle of a step; the loader polls as well
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
-        while waited < WORKER_TIMEOUT:
-            try:
-                step = next(iterator, None)
-            except RuntimeError as error:
-                if "DataLoader timed out" not in str(error):
-                    raise
-                waited += WORKER_POLL
-                continue
-            if step is None:
-                return
-            waited = 0
+        while step := next_within(iterator, WORKER_TIMEOUT):
             yield step
-        yield Step(failure=f"the data workers are stuck: no step in {waited} s; does the disk of --images respond?")
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, TimeoutError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        yield Step(failure=f"a data worker (--workers) died, perhaps out of memory ({reason(error)}); the same command "
-                           "continues from here")  # fmt: skip
+        yield Step(failure=f"a data worker (--workers) died, perhaps out of memory, or was stuck ({reason(error)}); "
+                           "the same command continues from here")  # fmt: skip
     finally:
         for worker in multiprocessing.active_children():
             worker.kill()  # a stuck worker reacts to nothing else
+
+
+def next_within(iterator: Iterator[Step], seconds: int) -> Step | None:
+    """The next step; None at the end. Raises TimeoutError if it takes too long: a worker that was killed while it wrote
+    to the pipe leaves the reader waiting for ever."""
+
+    def expire(number, frame):
+        raise TimeoutError(f"no step in {seconds} s")
+
+    if not hasattr(signal, "SIGALRM"):  # Windows
+        return next(iterator, None)
+    signal.signal(signal.SIGALRM, expire)
+    signal.alarm(seconds)
+    try:
+        return next(iterator, None)
+    finally:
+        signal.alarm(0)
 
 
 def unchanged(step: Any) -> Step:
@@ -387,7 +392,8 @@ def train(a: argparse.Namespace, rank: int, world: int, device: torch.device):
         if a.save_every and t % a.save_every == 0 and t < total:
             save(for_use=False)
     bar.close()
-    if t > start or (t and checkpoint.missing_file(a.out, a.stage)):
+    saved = read_json(a.out / "config.json", dict).get("step")  # differs if the run was killed during its last save
+    if t and (saved != t or checkpoint.missing_file(a.out, a.stage)):
         save(for_use=True)
     say(f"{a.out}: {t} of {total} steps done; {bad_samples} samples skipped, {cut_samples} cut to --max-length")
     if failure:

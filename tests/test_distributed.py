@@ -292,8 +292,8 @@ def test_a_killed_data_worker_ends_all_processes_with_the_state_saved(inputs, sl
     os.kill(children(rank_1)[-1], signal.SIGKILL)
     status, _, stderr = finish(process)
     assert status != 0
-    assert re.search(r"\nerror: step \d+: a data worker .*died.*same command continues.*\n", stderr), stderr
-    assert not re.search(r"Traceback(?!.*torch.distributed.run)", stderr.split("torch/distributed/elastic")[0], re.DOTALL), stderr
+    assert re.search(r"\nerror: step \d+: a data worker .*died.*\n", stderr), stderr
+    assert 'train.py", line' not in stderr, stderr  # no traceback of ours
     assert_saved_and_complete(inputs, arguments, out, tmp_path)
 
 
@@ -312,16 +312,21 @@ def test_a_killed_process_ends_the_others(inputs, slow, tmp_path):  # noqa: F811
     assert_near(out, tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("error, printed", [("UserError('a mistake')", "error: (process 1) a mistake\n"),
-                                            ("ValueError('a bug')", "ValueError: a bug\n")])  # fmt: skip
+@pytest.mark.parametrize("error, printed", [("UserError('a mistake')", "\nerror: (process 1) a mistake\n"),
+                                            ("ValueError('a bug')", "\nValueError: a bug\n")])  # fmt: skip
 def test_an_error_of_one_of_several_processes_ends_it_at_once(error, printed):
-    """With one line for a user's mistake, a traceback for any other error, and no wait for the other processes."""
+    """With one line for a user's mistake, a traceback for any other error, and no wait for the other processes.
+
+    The line is its own, after that of a progress bar.
+    """
     code = f"""
 import distributed
 from common import UserError
+from tqdm import tqdm
 distributed.start_processes = lambda: (1, 2, None)
 distributed.dist.is_initialized = lambda: print("the connections are closed in order")
 with distributed.processes():
+    bar = tqdm(total=2)
     raise {error}"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.endswith(printed)

@@ -336,29 +336,37 @@ def test_two_processes_write_the_same_and_one_continues_what_two_began(alone, ru
 
 
 def test_an_evaluation_uses_the_answers_of_a_killed_one(alone, run, quiz, tmp_path, capsys, monkeypatch):
-    """Those with the same fingerprint, and no line that was cut off."""
+    """Those with the same fingerprint. A line that the kill cut off is dropped, and damages no other."""
     out, original = tmp_path / "answers.json", eval_scienceqa.ask
     flags = ("--model", run, "--data", quiz, "--batch-size", 8, "--max-new-tokens", 12, "--out", out)
 
     class Killed(BaseException):
         pass
 
-    def answer_once(*arguments):
-        if list(tmp_path.glob("*.jsonl"))[0].read_text().strip():
-            raise Killed
-        return original(*arguments)
+    def answer_one_batch():
+        calls = []
 
-    with monkeypatch.context() as patch:
-        patch.setattr(eval_scienceqa, "ask", answer_once)
-        with pytest.raises(Killed):
-            evaluate(*flags)
+        def answer(*arguments):
+            calls.append(1)
+            if len(calls) == 2:
+                raise Killed
+            return original(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(eval_scienceqa, "ask", answer)
+            with pytest.raises(Killed):
+                evaluate(*flags)
+
+    answer_one_batch()
     [part] = tmp_path.glob("*.jsonl")
     first = [json.loads(line) for line in part.read_text().splitlines() if line]
     assert len(first) == 8 and not out.exists()
     part.write_text(part.read_text().replace(json.dumps(first[0]), json.dumps([first[0][0], "A"])) + '["12')
     part.with_name("answers.0123456789abcdef.part0.jsonl").write_text('["125", "of another model"]\n')
+    answer_one_batch()
     evaluate(*flags)
-    assert "8 of 26 questions were answered before" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "8 of 26 questions were answered before" in printed and "16 of 26 questions were answered before" in printed
     assert read(out)["outputs"] == read(alone)["outputs"] | {first[0][0]: "A"}
     assert not list(tmp_path.glob("*.jsonl"))
 
