@@ -33,7 +33,7 @@ class Chat:
 
     def __init__(self, run: Path, device: torch.device, **settings):
         """settings: max_new_tokens, temperature, top_p and seed of `LLaVA.generate`."""
-        self.device, self.settings, self.run = device, settings, run
+        self.device, self.settings = device, settings
         self.config, self.model, sp, self.autocast = checkpoint.open_run(run, device, TRAINED_BY, template=TEMPLATE)
         self.encode = Encoder(sp, self.model.vision.config.n_patches, self.model.vision.config.image_size)
         self.written = set()  # by /save, which may replace these files

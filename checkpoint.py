@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 from sentencepiece import SentencePieceProcessor
 
-from common import UserError, printable, read_json, reason, replacing, shorten, write_json
+from common import UserError, printable, read_json, reason, replacing, shorten, sync_folder, write_json
 from conversation import load_tokenizer
 from formats import huggingface, meta
 from formats.tensors import load_tensors, load_weights
@@ -59,10 +59,11 @@ def assign(module: nn.Module, weights: dict[str, torch.Tensor], path, dtype: tor
 
 
 def checksum(path: str | Path) -> str:
-    """sha256 of a file, or of a Hugging Face folder: of its config.json and the files that hold its weights."""
-    digest, path = hashlib.sha256(), Path(path)
-    files = sorted([path / "config.json", *huggingface.weight_files(path)]) if path.is_dir() else [path]
-    for file in files:
+    """sha256 of a file, or of a Hugging Face folder: of its config.json and all files of weights."""
+    digest, path, files = hashlib.sha256(), Path(path), [Path(path)]
+    if path.is_dir():
+        files = [path / "config.json", *(file for file in path.iterdir() if file.suffix in (".bin", ".safetensors"))]
+    for file in sorted(files):
         try:
             with open(file, "rb") as content:
                 while block := content.read(2**20):
@@ -278,8 +279,10 @@ def save_run(run: str | Path, llama: LLaMAConfig, trained: dict[str, torch.Tenso
         with replacing(new / "projector.pth") as file:
             torch.save(parts["projector."], file)
         (run / "projector.pth").unlink(missing_ok=True)
+        sync_folder(run)
         for file in sorted(new.iterdir(), key=lambda file: file.name == "projector.pth"):  # which comes last
             os.replace(file, run / file.name)
+        sync_folder(run)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,8 +41,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Replaces each character that could act on the terminal, except those in `keep`, by U+FFFD."""
-    return "".join(c if c.isprintable() or c in keep else "\ufffd" for c in text)
+    """Replaces each character that could act on the terminal, except those in `keep`, by U+FFFD.
+
+    These are control characters, lone surrogates, line and paragraph separators, and marks of writing direction.
+    """
+    acting = ("Cc", "Cs", "Zl", "Zp")
+    marks = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+    return "".join("\ufffd" if (unicodedata.category(c) in acting or c in marks) and c not in keep else c for c in text)
 
 
 def shorten(names: Iterable) -> str:
@@ -53,6 +59,7 @@ def shorten(names: Iterable) -> str:
 def reason(error: BaseException) -> str:
     """The message of an exception in one line of at most 200 characters."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+    text = re.sub(r".*inline_container.*unexpected pos.*", "no space left?", text)  # PyTorch's words for a full disk
     text = re.sub(r"Weights only load failed.*WeightsUnpickler error:\s*", "", text, flags=re.DOTALL)  # torch's advice
     return printable(text.split("\n")[0][:200])
 
@@ -72,6 +79,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())  # the content reaches the disk before the name does
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
         raise write_error(path, error) from None
     finally:
@@ -79,7 +87,16 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
 
 
+def sync_folder(folder: Path):
+    """Makes renames in a folder outlast a power cut."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
 def append_lines(path: Path, lines: list[str]):
+    """Adds lines to a file, which is created if it is absent."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a") as file:
@@ -90,8 +107,8 @@ def append_lines(path: Path, lines: list[str]):
 
 def write_error(path: Path, error: BaseException) -> UserError:
     free = shutil.disk_usage(path.parent).free // 2**20 if path.parent.is_dir() else 0
-    return UserError(f"{path}: could not be written ({reason(error)}; {free} MiB are free there); an older file of "
-                     "this name is unchanged; free some space or choose another place")  # fmt: skip
+    return UserError(f"{path}: could not be written ({reason(error)}; {free} MiB are free there); free some "
+                     "space or choose another place")  # fmt: skip
 
 
 def write_json(path: str | Path, data):

@@ -274,8 +274,10 @@ class Examples:
     def describe(self, sampling: str) -> list[str]:
         """One line for each data set: its size, kind, and share of the samples that are drawn."""
         shares = [1 / len(self.parts) if sampling == "uniform" else len(part) / len(self) for part in self.parts]
-        return [f"{part.path}: {len(part):,} {part.kind}, {100 * share:.1f} % of the samples drawn"
-                for part, share in zip(self.parts, shares)]  # fmt: skip
+        lines = [f"{part.path}: {len(part):,} {part.kind}, {100 * share:.1f} % of the samples drawn"
+                 for part, share in zip(self.parts, shares)]  # fmt: skip
+        absent = sum(len(part.missing) for part in self.parts if isinstance(part, ScienceQA))
+        return lines + ([f"{absent} pictures are absent; their problems are used without one"] if absent else [])
 
 
 class Pictures:
@@ -444,7 +446,7 @@ class Step:
     failure: str = ""  # why the data workers cannot continue
 
 
-class Steps(torch.utils.data.Dataset):
+class Steps:
     """steps[t] -> this process's Step t. The global batch does not depend on the number of processes."""
 
     def __init__(self, examples: Examples, encode: Encoder, batch_size: int, seed: int, rank: int = 0, world: int = 1,

@@ -6,7 +6,6 @@ torchrun runs the same code. Both ways save one full training state, which any n
 
 import contextlib
 import dataclasses
-import multiprocessing
 import os
 import re
 import sys
@@ -41,11 +40,11 @@ def processes() -> Iterator[tuple[int, int, torch.device]]:
     rank, world, device = start_processes()
     try:
         yield rank, world, device
+        if dist.is_initialized():
+            dist.barrier()  # no process closes connections that another one still uses
     except Exception as error:
         for bar in list(tqdm._instances):
             bar.close()  # the error gets a line of its own
-        for worker in multiprocessing.active_children():
-            worker.kill()  # a stuck data worker ignores gentler signals
         if not isinstance(error, UserError) and (cause := outside_cause(error)):
             error = UserError(f"{cause} ({reason(error)}); the same command continues from the last saved state")
         if world == 1:
@@ -91,8 +90,6 @@ def outside_cause(error: Exception) -> str | None:
     """Names the cause of an error that comes from the machine or from another process; None for any other error."""
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is full: lower --micro-batch-tokens or add --checkpoint-activations (see tools.plan)"
-    if isinstance(error, (ConnectionError, EOFError)):
-        return "a data worker (--workers) died, perhaps out of memory"
     if re.search("(closed|reset) by (remote )?peer|remote process exited", str(error)):  # gloo's words, and NCCL's
         return "another process of this run ended; its own message has the reason"
     return None

@@ -253,7 +253,8 @@ def evaluate(a: argparse.Namespace, rank: int, world: int, device: torch.device)
         swap_pictures(problems)
     if a.predictions:
         outputs, about = read_predictions(a.predictions), f"answers of {a.predictions}"
-        if unknown := outputs.keys() - {p["id"] for p in problems}:
+        unknown = outputs.keys() - {p["id"] for p in problems}
+        if unknown and rank == 0:
             print(f"{len(unknown)} answers are not to questions of split {a.split}; they do not count")
     else:
         if split.missing and rank == 0:
@@ -270,8 +271,8 @@ def evaluate(a: argparse.Namespace, rank: int, world: int, device: torch.device)
 
     with replacing(a.out.with_suffix(".html")) as file:
         file.write(evaluation_page(title, about, a.data, problems, result).encode())
-    for path in a.out.parent.glob("*.part*.jsonl"):
-        if path.name.startswith(f"{a.out.stem}."):
+    for path in [] if a.predictions else a.out.parent.iterdir():
+        if re.fullmatch(re.escape(a.out.stem) + r"\.[0-9a-f]{16}\.part\d+\.jsonl", path.name):
             path.unlink()
     print(f"{a.out} and {a.out.with_suffix('.html')} are written")
 

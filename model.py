@@ -181,36 +181,34 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
 class StreamAttention:
     """Causal attention within each sample of a stream, and to the system message before it.
 
-    The message and the first sample are one causal sequence. Every other sample gets its own copy of the message; the
-    copy's outputs are dropped.
+    Every sample is attended behind its own copy of the message. The copies' outputs are equal; those of the first copy
+    stay, and the others are dropped.
     """
 
     def __init__(self, borders: list[int]):
         self.S = borders[0]
-        self.lengths = [end - start for start, end in pairwise([0, *borders[1:]])]  # the first includes the message
+        self.lengths = [end - start for start, end in pairwise(borders)]  # of the samples, without the message
 
     def after_message(self, t: torch.Tensor) -> list[torch.Tensor]:
         """(N, heads, hd) -> a tensor (S+T, heads, hd) for each sample."""
-        first, *others = t.split(self.lengths)
-        message = first[: self.S]
-        return [first] + [torch.cat([message, sample]) for sample in others]
+        message, *samples = t.split([self.S, *self.lengths])
+        return [torch.cat([message, sample]) for sample in samples]
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int = 0) -> torch.Tensor:
         """q (N, H, hd), k and v (N, K, hd) -> (N, H, hd)."""
         if q.is_cuda and varlen_attn is not None and q.dtype != torch.float32:
             return self.by_varlen_kernel(q, k, v)
-        samples = zip(*(self.after_message(t) for t in (q, k, v)))
-        first, *others = [causal_attention(*sample) for sample in samples]  # (S+T, H, hd) each
+        first, *others = map(causal_attention, *(self.after_message(t) for t in (q, k, v)))  # (S+T, H, hd) each
         return torch.cat([first] + [out[self.S :] for out in others])
 
     def by_varlen_kernel(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """The same in one launch. The kernel aligns the last query of a sample with its last key, so the queries need
-        no copy of the message."""
+        no copy of the message: the first sample's are those of the message and its own."""
         k, v = torch.cat(self.after_message(k)), torch.cat(self.after_message(v))  # (N + (B-1) S, K, hd)
-        lengths_k = [self.lengths[0]] + [self.S + length for length in self.lengths[1:]]
+        lengths_q, lengths_k = [self.S + self.lengths[0], *self.lengths[1:]], [self.S + T for T in self.lengths]
         ends_q, ends_k = (torch.tensor([0, *lengths]).cumsum(0).to(q.device, torch.int32, non_blocking=True)
-                          for lengths in (self.lengths, lengths_k))  # fmt: skip
-        return varlen_attn(q, k, v, ends_q, ends_k, max(self.lengths), max(lengths_k),
+                          for lengths in (lengths_q, lengths_k))  # fmt: skip
+        return varlen_attn(q, k, v, ends_q, ends_k, max(lengths_q), max(lengths_k),
                            window_size=(-1, 0),  # any distance to the left, none to the right
                            enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
 
@@ -304,9 +302,9 @@ class LLaVA(nn.Module):
         self.llama.requires_grad_(stage == 2)
 
     def embed(self, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        """The LLM's input: looks up the words and writes H_v where `ids` holds IMAGE_ID. (Eq. 2 drew the place.)
+        """The LLaMA's input: looks up the words and writes H_v where `ids` holds IMAGE_ID, the place that Eq. 2 drew.
 
-        ids (N,) int64; pixels (pictures, 3, size, size) uint8, in the order of their places in ids. Rephases (N, dim).
+        ids (N,) int64; pixels (pictures, 3, size, size) uint8, in the order of their places in ids. Returns (N, dim).
         """
         with torch.no_grad():  # the ViT is always frozen
             Z_v = self.vision(normalize(pixels))  # (pictures, P, D)

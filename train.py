@@ -19,14 +19,15 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
+import stat
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import checkpoint
@@ -44,7 +45,17 @@ from common import (
 )
 from conversation import TEMPLATE
 from data import SCIENCEQA_PROMPT, Encoder, Examples, Pictures, ScienceQA, Step, Steps
-from distributed import by_process_0, clip_gradients, distribute, exchanged, full_state, gathered, processes, restore
+from distributed import (
+    by_process_0,
+    clip_gradients,
+    distribute,
+    exchanged,
+    full_state,
+    gathered,
+    outside_cause,
+    processes,
+    restore,
+)
 from model import LLaVA
 from vision import FEATURE_LAYER, PREPROCESSING
 
@@ -54,7 +65,7 @@ PAPER = {  # section 4.2: the settings of each run of the paper
     "scienceqa": dict(epochs=12, batch_size=32, lr=2e-5, sampling="proportional"),
 }
 MAX_GRAD_NORM = 1.0
-WORKER_TIMEOUT = 120  # seconds without a step from the data workers, after which the run ends
+WORKER_TIMEOUT = 300  # seconds that a data worker may take for a step
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 MAY_CHANGE = {"checkpoint_activations", "images", "log_every", "max_bad_samples", "max_length", "micro_batch_tokens",
               "parallel", "save_every", "workers"}  # flags that may differ when a run continues  # fmt: skip
@@ -89,15 +100,16 @@ def lock(out: Path):
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)  # a number, which no garbage collection closes
-        import fcntl  # absent on Windows
-
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
-    except BlockingIOError:
-        raise UserError(f"{out}: another train.py runs in it; wait for it, or give another --out") from None
     except OSError as error:
         raise write_error(out, error) from None
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{out}: another train.py runs in it; wait for it, or give another --out") from None
+    except (ImportError, OSError):
+        pass  # Windows, or a file system without locks
 
 
 def enter_run(a: argparse.Namespace, config: dict) -> dict | None:
@@ -114,9 +126,9 @@ def enter_run(a: argparse.Namespace, config: dict) -> dict | None:
                 raise UserError(f"{a.out}: began with --{name.replace('_', '-')} {begun.get(name)}, now it is {value}; "
                                 "continue with the same settings, or give another --out, or --no-resume to start "
                                 "again")  # fmt: skip
-    elif a.resume and (a.out / "projector.pth").is_file():
-        raise UserError(f"{a.out}: holds a trained W but no state.pth to continue from; give another --out, or "
-                        "--no-resume to train it again")  # fmt: skip
+    elif a.resume and any((a.out / name).exists() for name in ("projector.pth", "state")):
+        raise UserError(f"{a.out}: holds a trained W, or a state of an earlier version, but no state.pth to continue "
+                        "from; give another --out, or --no-resume to train it again")  # fmt: skip
     else:
         by_process_0(lambda: start_run(a.out, config))
     return state
@@ -126,9 +138,15 @@ def start_run(out: Path, config: dict):
     """Removes what an earlier run left and writes config.json."""
     for name in ("projector.pth", "state.pth", "exam.json", "loss.png"):
         (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "state", ignore_errors=True)  # of an earlier version
     write_json(out / "config.json", config)
     with replacing(out / "metrics.jsonl"):
         pass
+
+
+def is_saved(out: Path, stage: int, step: int) -> bool:
+    """True if the run directory holds the result of this step; a kill may have come before it was written."""
+    return read_json(out / "config.json", dict).get("step") == step and not checkpoint.missing_file(out, stage)
 
 
 def resume(out: Path, state: dict, net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -136,6 +154,8 @@ def resume(out: Path, state: dict, net: torch.nn.Module, optimizer: torch.optim.
     try:
         restore(net, optimizer, state)
     except Exception as error:  # a damaged state raises nearly any error
+        if outside_cause(error):
+            raise
         raise UserError(f"{out / 'state.pth'}: of another model or damaged ({reason(error)}); restore what the run "
                         "began with, or give --no-resume to start again") from None  # fmt: skip
     by_process_0(lambda: drop_metrics_after(out / "metrics.jsonl", state["step"]))
@@ -167,7 +187,8 @@ class Interrupt:
 
     def __init__(self):
         for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            nohup = number != signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN
+            if not nohup:
                 signal.signal(number, self.request)
 
     def request(self, number, frame):
@@ -175,14 +196,9 @@ class Interrupt:
             raise KeyboardInterrupt  # the second Ctrl-C ends the process at once
         self.received = number
         if number == getattr(signal, "SIGHUP", None):
-            for stream in (1, 2):  # the terminal is gone, and printing to it would raise
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-
-
-def ignore_signals(worker: int):
-    """In a data worker: the training process, which may have to save first, ends it."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+            for stream in (1, 2):
+                if not stat.S_ISREG(os.fstat(stream).st_mode):  # a closed terminal, to which printing would raise
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 # --- what training starts from
@@ -245,48 +261,48 @@ def count(model: LLaVA) -> str:
 
 
 def loaded(steps: Steps, order: range, workers: int) -> Iterator[Step]:
-    """Computes steps[t] for each t of `order`, ahead of time in worker processes.
+    """Computes steps[t] for each t of `order`. Worker i of n computes every n-th step, ahead of the training.
 
     If a worker dies or is stuck, the last Step holds the failure, so that the run can be saved before it ends.
     """
-    loader = DataLoader(steps, batch_size=None, sampler=order, num_workers=workers, collate_fn=unchanged,
-                        worker_init_fn=ignore_signals)  # fmt: skip
-    iterator = iter(loader)
-    if hasattr(signal, "SIGCHLD"):  # PyTorch's handler would raise in the middle of a step; the loader polls as well
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if workers == 0:
+        yield from (steps[t] for t in order)
+        return
+    readers, processes = [], []
     try:
-        while step := next_within(iterator, WORKER_TIMEOUT):
+        for i in range(workers):
+            # Each worker alone holds the writing end of its pipe, so the reader notices the worker's death.
+            reader, writer = multiprocessing.Pipe(duplex=False)
+            readers.append(reader)
+            arguments = steps, order[i::workers], writer, list(readers)
+            processes.append(multiprocessing.Process(target=work, args=arguments, daemon=True))
+            processes[-1].start()
+            writer.close()
+        for i in range(len(order)):
+            reader = readers[i % workers]
+            try:
+                step = reader.recv() if reader.poll(WORKER_TIMEOUT) else "is stuck"
+            except (EOFError, OSError):
+                step = "died, perhaps out of memory"
+            if isinstance(step, str):
+                yield Step(failure=f"a data worker (--workers) {step}; the same command continues from here")
+                return
             yield step
-    except (RuntimeError, TimeoutError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
-        yield Step(failure=f"a data worker (--workers) died, perhaps out of memory, or was stuck ({reason(error)}); "
-                           "the same command continues from here")  # fmt: skip
     finally:
-        for worker in multiprocessing.active_children():
-            worker.kill()  # a stuck worker reacts to nothing else
+        for process in processes:
+            process.kill()  # a stuck worker reacts to nothing else
+            process.join()
 
 
-def next_within(iterator: Iterator[Step], seconds: int) -> Step | None:
-    """The next step; None at the end. Raises TimeoutError if it takes too long: a worker that was killed while it wrote
-    to the pipe leaves the reader waiting for ever."""
-
-    def expire(number, frame):
-        raise TimeoutError(f"no step in {seconds} s")
-
-    if not hasattr(signal, "SIGALRM"):  # Windows
-        return next(iterator, None)
-    signal.signal(signal.SIGALRM, expire)
-    signal.alarm(seconds)
-    try:
-        return next(iterator, None)
-    finally:
-        signal.alarm(0)
-
-
-def unchanged(step: Any) -> Step:
-    """Keeps DataLoader from turning arrays into tensors, which would take shared memory to send."""
-    return step
+def work(steps: Steps, order: range, writer: Connection, readers: list[Connection]):
+    """A data worker: sends its steps as numpy arrays through its pipe. It ends when the training process does."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # the training process, which may have to save first, ends its workers
+    for reader in readers:
+        reader.close()  # the pipe breaks when the training process, its only other holder, ends
+    with contextlib.suppress(BrokenPipeError):
+        for t in order:
+            writer.send(steps[t])
 
 
 def fault_in(step: Step, green: int, bad: int, failed: int, allowed: int) -> str | None:
@@ -392,8 +408,7 @@ def train(a: argparse.Namespace, rank: int, world: int, device: torch.device):
         if a.save_every and t % a.save_every == 0 and t < total:
             save(for_use=False)
     bar.close()
-    saved = read_json(a.out / "config.json", dict).get("step")  # differs if the run was killed during its last save
-    if t and (saved != t or checkpoint.missing_file(a.out, a.stage)):
+    if t and not by_process_0(lambda: is_saved(a.out, a.stage, t)):
         save(for_use=True)
     say(f"{a.out}: {t} of {total} steps done; {bad_samples} samples skipped, {cut_samples} cut to --max-length")
     if failure:
@@ -494,12 +509,14 @@ def run(a: argparse.Namespace, rank: int, world: int, device: torch.device):
     for name, value in PAPER[a.name].items():
         if getattr(a, name) is None:
             setattr(a, name, value)
-    train(a, rank, world, device)
-    if rank == 0:
+    try:
+        train(a, rank, world, device)
+    finally:
         with contextlib.suppress(Exception):  # a failure to draw is no failure of the run
             from tools.plots import loss_curves
 
-            loss_curves(a.out)
+            if rank == 0:
+                loss_curves(a.out)
     if a.demo:
         from demo.exam import finish
 

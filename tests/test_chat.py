@@ -212,7 +212,11 @@ def test_save_replaces_no_file_of_anything_else(talker, picture, tmp_path):
 def test_image_and_reset_start_again(talker, picture, capsys):
     list(talker.ask("Hi"))
     (picture.parent / "text.png").write_text("no picture")
-    for bad, reason in (("text.png", "not a readable picture"), ("absent.png", "No such file"), (".", "Is a directory")):
+    for bad, reason in (
+        ("text.png", "not a readable picture"),
+        ("absent.png", "No such file"),
+        (".", "Is a directory"),
+    ):
         with pytest.raises(UserError, match=reason):
             chat.obey(talker, f"/image {picture.parent / bad}")
         assert talker.turns and talker.path is None  # the conversation continues
@@ -239,7 +243,14 @@ def test_one_shot_prints_the_answer_alone(monkeypatch, capsys, run, picture, tal
     talker.look(picture)
     assert captured.out == "".join(talker.ask("Which thing?")) + "\n" and captured.err == ""
     settings = dict(max_new_tokens=20, temperature=1.5, top_p=0.9, seed=3)
-    main(monkeypatch, "--model", run, "--prompt", "Which?", *(f"--{k.replace('_', '-')}={v}" for k, v in settings.items()))
+    main(
+        monkeypatch,
+        "--model",
+        run,
+        "--prompt",
+        "Which?",
+        *(f"--{k.replace('_', '-')}={v}" for k, v in settings.items()),
+    )
     assert capsys.readouterr().out == "".join(chat.Chat(run, torch.device("cpu"), **settings).ask("Which?")) + "\n"
 
 
@@ -247,8 +258,8 @@ def test_piped_questions(run, picture, tmp_path, talker):  # noqa: F811
     lines = ["Which thing?", "", "And \udcff?", "/image absent.png", f"/save {tmp_path / 'x.json'}"]
     lines += [f"/image {picture}", "Hi", "/quit", "not this"]
     done = subprocess.run(
-        [sys.executable, "chat.py", "--model", run, "--max-new-tokens", "20"], cwd=ROOT, capture_output=True, timeout=100,
-        env=ENVIRONMENT, input="\n".join(lines).encode("utf-8", "surrogateescape"))  # fmt: skip
+        [sys.executable, "chat.py", "--model", run, "--max-new-tokens", "20"], cwd=ROOT, capture_output=True,
+        timeout=100, env=ENVIRONMENT, input="\n".join(lines).encode("utf-8", "surrogateescape"))  # fmt: skip
     informed, answers = done.stderr.decode(), ["".join(talker.ask(q)) for q in ("Which thing?", "And \ufffd?")]
     talker.look(picture)
     answers.append("".join(talker.ask("Hi")))
@@ -265,8 +276,9 @@ class Terminal:
         # pty.fork would fork this process, in which torch has threads.
         code = ("import fcntl, os, runpy, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
                 "runpy.run_path('chat.py', run_name='__main__')")  # fmt: skip
-        self.process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, stdin=inner, stdout=inner,
-                                        stderr=inner, env={**ENVIRONMENT, "TERM": "dumb"})  # fmt: skip
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        self.process = subprocess.Popen(command, cwd=ROOT, env={**ENVIRONMENT, "TERM": "dumb"}, stdin=inner,
+                                        stdout=inner, stderr=inner)  # fmt: skip
         os.close(inner)
         self.shown = ""
 
@@ -328,7 +340,9 @@ def test_keys_in_a_terminal(run):  # noqa: F811
 def test_refusals(monkeypatch, run, picture, tmp_path):  # noqa: F811
     (tmp_path / "text.png").write_text("no picture")
     ask = ("--prompt", "Hi", "--max-new-tokens", 3)
-    assert "text.png: not a readable picture" in refused(monkeypatch, "--model", run, "--image", tmp_path / "text.png", *ask)
+    assert "text.png: not a readable picture" in refused(
+        monkeypatch, "--model", run, "--image", tmp_path / "text.png", *ask
+    )
     assert "absent.png: No such file" in refused(monkeypatch, "--model", run, "--image", tmp_path / "absent.png", *ask)
     missing = refused(monkeypatch, "--model", tmp_path / "nowhere", *ask)
     assert f"train it first: torchrun train.py --stage 2 --out {tmp_path / 'nowhere'}" in missing
@@ -344,7 +358,9 @@ def test_a_run_of_another_template_is_refused(monkeypatch, run, tmp_path):  # no
     shutil.copytree(run, tmp_path / "other")
     config = json.loads((run / "config.json").read_text())
     (tmp_path / "other/config.json").write_text(json.dumps(config | {"template": "vicuna_v1"}))
-    assert "template 'vicuna_v1', expected 'vicuna_v0'" in refused(monkeypatch, "--model", tmp_path / "other", "--prompt", "Hi")
+    assert "template 'vicuna_v1', expected 'vicuna_v0'" in refused(
+        monkeypatch, "--model", tmp_path / "other", "--prompt", "Hi"
+    )
 
 
 def test_stage_1_answers_with_a_warning(monkeypatch, capsys, tmp_path):

