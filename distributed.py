@@ -42,6 +42,10 @@ def processes() -> Iterator[tuple[int, int, torch.device]]:
         yield rank, world, device
         if dist.is_initialized():
             dist.barrier()  # no process closes connections that another one still uses
+    except SystemExit as end:  # an interrupted run
+        if world == 1:
+            raise
+        exit_now(end.code)
     except Exception as error:
         for bar in list(tqdm._instances):
             bar.close()  # the error gets a line of its own
@@ -49,15 +53,19 @@ def processes() -> Iterator[tuple[int, int, torch.device]]:
             error = UserError(f"{cause} ({reason(error)}); the same command continues from the last saved state")
         if world == 1:
             raise error
-        # An ordinary exit would first close the connections to the other processes, which may wait for this one.
         line = f"error: {f'(process {rank}) ' if rank else ''}{error}\n"
         sys.stderr.write(line if isinstance(error, UserError) else "".join(traceback.format_exception(error)))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        exit_now(1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def exit_now(status):
+    """Ends one of several processes. An ordinary exit would first close connections, and may wait for the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def start_processes() -> tuple[int, int, torch.device]:

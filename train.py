@@ -291,7 +291,7 @@ def loaded(steps: Steps, order: range, workers: int) -> Iterator[Step]:
     finally:
         for process in processes:
             process.kill()  # a stuck worker reacts to nothing else
-            process.join()
+            process.join(5)  # seconds; a dead network disk may hold it longer
 
 
 def work(steps: Steps, order: range, writer: Connection, readers: list[Connection]):
