@@ -15,6 +15,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # hides the GPUs from torch: the tests 
 import sentencepiece  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -52,6 +53,20 @@ def tiny_tokenizer():
         split_digits=True, minloglevel=2,
     )  # fmt: skip
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+@pytest.fixture
+def talker(run):
+    """A Chat with the run of the test file."""
+    import chat
+
+    return chat.Chat(run, torch.device("cpu"), max_new_tokens=20, temperature=0.0, top_p=1.0, seed=0)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.linear_gradient("L").resize((50, 40)).save(tmp_path / "a picture.png")
+    return tmp_path / "a picture.png"
 
 
 def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:

@@ -17,7 +17,6 @@ import time
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
 from test_eval_scienceqa import ENVIRONMENT, run, tiny_run  # noqa: F401  (run is a fixture)
 
 import chat
@@ -25,17 +24,6 @@ from common import UserError, printable
 from conversation import STOP, stop_ids, surface, tokenize
 from data import Examples
 from vision import open_picture, preprocess
-
-
-@pytest.fixture
-def talker(run):  # noqa: F811
-    return chat.Chat(run, torch.device("cpu"), max_new_tokens=20, temperature=0.0, top_p=1.0, seed=0)
-
-
-@pytest.fixture
-def picture(tmp_path):
-    Image.linear_gradient("L").resize((50, 40)).save(tmp_path / "a picture.png")
-    return tmp_path / "a picture.png"
 
 
 def script(talker, text, *tokens, then=None):

@@ -6,12 +6,9 @@ import types
 from unittest.mock import MagicMock
 
 import pytest
-import torch
 from conftest import ROOT
-from PIL import Image
 from test_eval_scienceqa import run  # noqa: F401  (a fixture)
 
-import chat
 from tools import web_chat
 
 
@@ -20,17 +17,6 @@ class PageError(Exception):
 
     def __init__(self, message, print_exception):
         super().__init__(message)
-
-
-@pytest.fixture
-def talker(run):  # noqa: F811
-    return chat.Chat(run, torch.device("cpu"), max_new_tokens=20, temperature=0.0, top_p=1.0, seed=0)
-
-
-@pytest.fixture
-def picture(tmp_path):
-    Image.linear_gradient("L").resize((50, 40)).save(tmp_path / "a picture.png")
-    return tmp_path / "a picture.png"
 
 
 @pytest.fixture
