@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -34,7 +35,31 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if hidden else super()._get_help_string(action)
 
     def _get_default_metavar_for_optional(self, action):
-        return {int: "N", float: "X"}.get(action.type) or super()._get_default_metavar_for_optional(action)
+        return "N" if action.type else super()._get_default_metavar_for_optional(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Raises a UserError for a wrong flag, where argparse prints the usage of all flags."""
+
+    def __init__(self, description: str | None = None, **settings):
+        super().__init__(**{"description": description, "formatter_class": HelpFormatter, **settings})
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def number(least: float, most: float = math.inf) -> Callable[[str], float]:
+    """A `type` of argparse: the numbers from `least` to `most`, whole numbers if `least` is an int."""
+    kind = type(least)
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) <= most:
+                return kind(text)
+        limits = f"{least} or more" if most == math.inf else f"{least} to {most}"
+        raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' * (kind is int)}number of {limits}")
+
+    return parse
 
 
 # --- text of files and models, for the terminal

@@ -37,13 +37,13 @@ FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_fro
 @contextlib.contextmanager
 def processes() -> Iterator[tuple[int, int, torch.device]]:
     """Joins the processes that torchrun started; yields rank, world size and device. An error ends all processes."""
-    rank, world, device = start_processes()
+    rank, world_size, device = start_processes()
     try:
-        yield rank, world, device
+        yield rank, world_size, device
         if dist.is_initialized():
             dist.barrier()  # no process closes connections that another one still uses
     except SystemExit as end:  # an interrupted run
-        if world == 1:
+        if world_size == 1:
             raise
         exit_now(end.code)
     except Exception as error:
@@ -51,7 +51,7 @@ def processes() -> Iterator[tuple[int, int, torch.device]]:
             bar.close()  # the error gets a line of its own
         if not isinstance(error, UserError) and (cause := outside_cause(error)):
             error = UserError(f"{cause} ({reason(error)}); the same command continues from the last saved state")
-        if world == 1:
+        if world_size == 1:
             raise error
         line = f"error: {f'(process {rank}) ' if rank else ''}{error}\n"
         sys.stderr.write(line if isinstance(error, UserError) else "".join(traceback.format_exception(error)))
@@ -69,7 +69,7 @@ def exit_now(status):
 
 
 def start_processes() -> tuple[int, int, torch.device]:
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -91,7 +91,7 @@ def start_processes() -> tuple[int, int, torch.device]:
     if "RANK" in os.environ:
         on_gpu = device.type == "cuda"
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None)
-    return rank, world, device
+    return rank, world_size, device
 
 
 def outside_cause(error: Exception) -> str | None:
@@ -107,7 +107,7 @@ def outside_cause(error: Exception) -> str | None:
 
 
 def exchanged(numbers: list[float], device: torch.device) -> torch.Tensor:
-    """n numbers of each process -> (world, n) float64 on the CPU, the same in all processes."""
+    """n numbers of each process -> (world_size, n) float64 on the CPU, the same in all processes."""
     own = torch.tensor(numbers, dtype=torch.float64, device=device)
     rows = [own]
     if dist.is_initialized():

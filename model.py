@@ -164,7 +164,7 @@ class LLaMA(nn.Module):
 # --- attention within the samples of a stream, and over a cache
 
 
-def positions(borders: list[int], device: torch.device | None = None) -> torch.Tensor:
+def position_ids(borders: list[int], device: torch.device | None = None) -> torch.Tensor:
     """The position (N,) of each token in its sample, which follows the system message: [2, 5, 7] -> 0 1 2 3 4 2 3."""
     S = borders[0]
     parts = [torch.arange(S)] + [torch.arange(S, S + end - start) for start, end in pairwise(borders)]
@@ -325,7 +325,7 @@ class LLaVA(nn.Module):
         target = green.nonzero().squeeze(1)  # (M,)
         x = self.embed(ids, pixels)  # (N, dim)
         # The position before a green token predicts it. A sample never starts green, so both are of one sample.
-        x = self.llama(x, positions(borders, ids.device), StreamAttention(borders), wanted=target - 1)  # (M, dim)
+        x = self.llama(x, position_ids(borders, ids.device), StreamAttention(borders), wanted=target - 1)  # (M, dim)
         logits = self.llama.logits(x)  # (M, vocab_size)
         return F.cross_entropy(logits.float(), ids[target], reduction="sum")
 
@@ -344,7 +344,7 @@ class LLaVA(nn.Module):
         """
         cache = KVCache(borders, ids.device)
         last = torch.tensor(borders[1:], device=ids.device) - 1  # of each prompt
-        x = self.llama(self.embed(ids, pixels), positions(borders, ids.device), cache.prefill, wanted=last)  # (B, dim)
+        x = self.llama(self.embed(ids, pixels), position_ids(borders, ids.device), cache.prefill, wanted=last)  # (B, dim)
         rows = list(range(len(last)))  # the prompts whose answers continue
         answers = [[] for _ in rows]
         rngs = [torch.Generator().manual_seed(seed + i) for i in rows]

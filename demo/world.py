@@ -463,21 +463,21 @@ def write_quiz(folder: Path, rng: random.Random, progress: Callable[[], object])
 # --- for train.py
 
 
-def begin(a: argparse.Namespace):
+def begin(args: argparse.Namespace):
     """Completes the arguments of train.py for a run of the demo. Process 0 draws the data if it is missing.
 
-    a.name is a key of SETTINGS; a.init_from is a run directory, None, or "none" for stage 2 without stage 1.
+    args.name is a key of SETTINGS; args.init_from is a run directory, None, or "none" for stage 2 without stage 1.
     """
     from distributed import by_process_0
 
-    if a.stage == 2 and a.init_from is None:
-        a.init_from = "runs/stage1"
-    if a.init_from in (None, "none"):
-        a.llama, a.vision, a.init_from = LLAMA, VISION, None
-    a.data, a.images = data_of(a.name)
-    overridden = {name: value for name, value in SETTINGS[a.name].items() if getattr(a, name) is None}
+    if args.stage == 2 and args.init_from is None:
+        args.init_from = "runs/stage1"
+    if args.init_from in (None, "none"):
+        args.llama, args.vision, args.init_from = LLAMA, VISION, None
+    args.data, args.images = data_of(args.name)
+    overridden = {name: value for name, value in SETTINGS[args.name].items() if getattr(args, name) is None}
     for name, value in overridden.items():
-        setattr(a, name, value)
+        setattr(args, name, value)
     if overridden and os.environ.get("RANK", "0") == "0":
         flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in overridden.items())
         print(f"demo: {flags} override the paper's settings, which are for a larger model")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common import (HelpFormatter, UserError, printable, read_json, reason, replacing, run_command, shorten,
+from common import (ArgumentParser, UserError, number, printable, read_json, reason, replacing, run_command, shorten,
                     write_error, write_json)  # fmt: skip
 
 
@@ -38,13 +38,34 @@ def test_run_command_does_not_hide_a_bug():
 
 def test_help_shows_defaults_and_types_but_no_none_and_no_switch(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    parser = argparse.ArgumentParser(prog="train.py", description="Line 1\n    line 2", formatter_class=HelpFormatter)
-    parser.add_argument("--seed", type=int, default=7, help="a seed")
-    parser.add_argument("--lr", type=float, help="a rate")
+    parser = ArgumentParser("Line 1\n    line 2", prog="train.py")
+    parser.add_argument("--seed", type=number(0), default=7, help="a seed")
+    parser.add_argument("--lr", type=number(0.0), help="a rate")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="a switch")
     text = parser.format_help()
     assert "\nLine 1\n    line 2\n" in text
-    assert " ".join(text.split()).endswith("--seed N a seed (default: 7) --lr X a rate --resume, --no-resume a switch")
+    assert " ".join(text.split()).endswith("--seed N a seed (default: 7) --lr N a rate --resume, --no-resume a switch")
+
+
+def test_a_wrong_flag_is_a_user_error():
+    parser = ArgumentParser("Trains.")
+    parser.add_subparsers().add_parser("loss").add_argument("--seed", type=number(0))
+    for arguments, message in (["draw"], "'draw'"), (["loss", "--seed", "x"], "argument --seed: x is not a whole"):
+        with pytest.raises(UserError, match=message):
+            parser.parse_args(arguments)
+
+
+@pytest.mark.parametrize("limits, text, expected", [
+    ((1,), "3", 3), ((1,), "0", None), ((1,), "1.0", None), ((0.0, 1.0), "1", 1.0), ((0.0, 1.0), "1.01", None),
+    ((0.0,), "nan", None), ((0.0,), "-1", None), ((0,), "-1", None), ((0,), "", None),
+])  # fmt: skip
+def test_number_accepts_its_range(limits, text, expected):
+    if expected is None:
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a (whole )?number of"):
+            number(*limits)(text)
+    else:
+        value = number(*limits)(text)
+        assert value == expected and type(value) is type(expected)
 
 
 # --- text for the terminal
