@@ -18,7 +18,6 @@ each piece covers, and a piece that covers a green character is green.
     python conversation.py --data chat.json --index 7        # one sample of any data set that train.py reads
 """
 
-import argparse
 import os
 import re
 import signal
@@ -30,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from common import HelpFormatter, UserError, printable, reason, run_command
+from common import ArgumentParser, UserError, printable, reason, run_command
 
 TEMPLATE = "vicuna_v0"  # recorded with every run; evaluation and chat refuse a run of another template
 SYSTEM = (  # Vicuna-v0 was trained with exactly these words
@@ -44,12 +43,10 @@ IMAGE_ID = -1  # in `ids` at each patch position; no tokenizer uses -1, so the v
 
 def load_tokenizer(path: str | Path) -> SentencePieceProcessor:
     """Reads a SentencePiece `tokenizer.model`. Raises UserError if it is missing, damaged or has no BOS token."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; a LLaMA folder needs its SentencePiece `tokenizer.model`")
     try:
         sp = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a SentencePiece model ({reason(error)}); download it again") from None
+        raise UserError(f"{path}: not a LLaMA's SentencePiece model ({reason(error)}); is the path right?") from None
     if sp.bos_id() < 0:
         raise UserError(f"{path}: has no <s> (BOS), which starts every conversation; use a LLaMA's tokenizer")
     return sp
@@ -69,35 +66,35 @@ def escape(message: str) -> str:
     return re.sub(r"#{3,}", lambda match: " ".join(match[0]), message)
 
 
-def render(turns: list[str], picture: bool = False, system: str = SYSTEM) -> list[tuple[str, list[tuple[int, int]]]]:
+def render(turns: list[str], picture: bool = False, system: str = SYSTEM) -> tuple[str, str, list[tuple[int, int]]]:
     """Writes a conversation in the template.
 
     turns: human, assistant, human, ...; if the last one is a human's, the text ends with `### Assistant:`, a prompt.
     picture: the first human message starts or ends with a line `<image>` (Eq. 2 draws one of the two).
 
-    Returns segments (text, green character spans): two with a picture, which stands between them; else one.
+    Returns the text before the picture, or "" without one; the text after it; the spans of its green characters.
 
     >>> render(["<image>\\nWhat?", "A cat."], picture=True, system="S")
-    [('S\\n\\n### Human: ', []), ('\\nWhat?\\n### Assistant: A cat.\\n###', [(21, 32)])]
+    ('S\\n\\n### Human: ', '\\nWhat?\\n### Assistant: A cat.\\n###', [(21, 32)])
     """
-    segments, text, spans = [], f"{system}\n\n{STOP}", []
+    before, text, spans = "", f"{system}\n\n{STOP}", []
     for i, message in enumerate(turns):
         if i % 2 == 0:
             text += " Human: "
             if i == 0 and picture:
-                before, message = split_at_picture(message)
-                segments, text = [(text + escape(before), [])], ""
+                start, message = split_at_picture(message)
+                before, text = text + escape(start), ""
             text += f"{escape(message)}\n{STOP}"
         else:
             text += " Assistant:"
             # The space is green too: SentencePiece spells it with the answer's first word (`▁Yes`) or as a piece of
             # its own, and the model has to generate either.
-            start = len(text)
-            text += f" {escape(message)}\n{STOP}"
-            spans.append((start, len(text)))
+            answer = f" {escape(message)}\n{STOP}"
+            spans.append((len(text), len(text) + len(answer)))
+            text += answer
     if len(turns) % 2 == 1:
         text += " Assistant:"
-    return segments + [(text, spans)]
+    return before, text, spans
 
 
 def split_at_picture(message: str) -> tuple[str, str]:
@@ -111,22 +108,19 @@ def split_at_picture(message: str) -> tuple[str, str]:
 
 def tokenize(sp: SentencePieceProcessor, turns: list[str], n_patches: int = 0,
              system: str = SYSTEM) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Token ids and green mask of a conversation. Each segment of text is tokenized as one string.
+    """Token ids and green mask of a conversation.
 
     n_patches: how many positions the picture takes; 0 if the conversation has none.
     Returns ids (T,) int64, with IMAGE_ID at the patches, and green (T,) bool. The first id is BOS, which is not green.
     """
-    ids, green = [sp.bos_id()], [False]
-    for i, (text, spans) in enumerate(render(turns, n_patches > 0, system)):
-        if i > 0:
-            ids += [IMAGE_ID] * n_patches
-            green += [False] * n_patches
-        pieces = sp.encode(text, return_type="offset_mapping")
-        ids += pieces["ids"]
-        # SentencePiece assigns a character spelled in several byte pieces to the last of them; the others have width 0
-        # at its start. The comparison still finds them, because a green span starts with a space.
-        green += [any(first < end and last > start for start, end in spans) for first, last in pieces["offsets"]]
-    return np.array(ids, dtype=np.int64), np.array(green, dtype=bool)
+    before, text, spans = render(turns, n_patches > 0, system)
+    ids = [sp.bos_id(), *sp.encode(before), *[IMAGE_ID] * n_patches]
+    # SentencePiece assigns a character spelled in several byte pieces to the last of them; the others have width 0 at
+    # its start. The comparison still finds them, because a green span starts with a space.
+    pieces = sp.encode(text, return_type="offset_mapping")
+    in_text = [any(first < end and last > start for start, end in spans) for first, last in pieces["offsets"]]
+    green = [False] * len(ids) + in_text
+    return np.array(ids + pieces["ids"], dtype=np.int64), np.array(green, dtype=bool)
 
 
 def system_ids(sp: SentencePieceProcessor, system: str = SYSTEM) -> list[int]:
@@ -134,10 +128,14 @@ def system_ids(sp: SentencePieceProcessor, system: str = SYSTEM) -> list[int]:
     return [sp.bos_id()] + sp.encode(f"{system}\n\n{STOP} Human:")
 
 
-def stop_ids(sp: SentencePieceProcessor) -> list[int]:
-    """The ids of <STOP> at the end of an answer: those of `###` at the start of a line."""
+def stop_ids(sp: SentencePieceProcessor) -> list[list[int]]:
+    """The token sequences that end an answer: <STOP>, `###` at the start of a line, and `</s>`.
+
+    Models of later templates, such as Vicuna 1.1, end their answers with `</s>`. A tokenizer without it has the id -1,
+    which no model generates.
+    """
     line = sp.encode("\n" + STOP, return_type="offset_mapping")
-    return [id for id, (begin, _) in zip(line["ids"], line["offsets"]) if begin >= 1]
+    return [[id for id, (begin, _) in zip(line["ids"], line["offsets"]) if begin >= 1], [sp.eos_id()]]
 
 
 # --- ids -> text
@@ -179,22 +177,20 @@ def show(sp: SentencePieceProcessor, ids: np.ndarray, green: np.ndarray, colour:
 
 
 def main():
-    import data  # which imports this file
+    from tools.pages import open_samples  # which imports this file
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    data.add_data_arguments(parser)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--index", type=int, default=0, metavar="I", help="which sample, from 0")
-    a = parser.parse_args()
-    sp, examples, n_patches = data.open_for_display(a)
-    if not 0 <= a.index < len(examples):
-        raise UserError(f"--index {a.index}: the data has samples 0 to {len(examples) - 1}")
+    args, sp, examples = open_samples(parser)
+    if not 0 <= args.index < len(examples):
+        raise UserError(f"--index {args.index}: the data has samples 0 to {len(examples) - 1}")
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # for terminals without UTF-8
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program, as it ends other commands
-    example = examples[a.index]
+    example = examples[args.index]
     picture = f"picture {example.image}" if example.image else "no picture"
     print(printable(f"sample {example.id}, {picture}") + "\n")
-    ids, green = tokenize(sp, example.turns, n_patches if example.image else 0)
+    ids, green = tokenize(sp, example.turns, args.patches if example.image else 0)
     print(show(sp, ids, green, colour="NO_COLOR" not in os.environ))
 
 

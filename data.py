@@ -7,19 +7,23 @@
     captions        [{"image", "caption"}, ...] as a JSON list or one object a line; a request is drawn for each
     ScienceQA       a folder with problems.json, pid_splits.json and images/{split}/{id}/image.png
 
-All records are checked before training starts. They are then kept as JSON in one array of bytes, which the worker
-processes share, and a record is parsed when its turn comes. Workers send numpy arrays through a pipe.
+All records are checked before training starts. Threads compute the streams ahead of the training.
 """
 
-import argparse
+import collections
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import zipfile
 import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -27,7 +31,7 @@ from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 from common import UserError, printable, read_json, reason, shorten
-from conversation import IMAGE, IMAGE_ID, load_tokenizer, split_at_picture, system_ids, tokenize
+from conversation import IMAGE, IMAGE_ID, split_at_picture, system_ids, tokenize
 from vision import open_picture, preprocess
 
 REQUESTS = (  # section 4.2.1: a caption answers one of these, drawn at random
@@ -42,6 +46,7 @@ REQUESTS = (  # section 4.2.1: a caption answers one of these, drawn at random
 )
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SCIENCEQA_PROMPT = "QCM-LEA"  # question, context, choices -> lecture, explanation, answer; recorded with the run
+READ_TIMEOUT = 300  # seconds that the pictures of a share may take
 MAX_BYTES = 2**28  # of an encoded picture; a larger one may be a decompression bomb
 
 
@@ -65,10 +70,8 @@ def from_llava(record: dict, rng: random.Random) -> Example:
         raise ValueError("it has no conversations")
     turns = []
     for message, role in zip(messages, ("human", "gpt") * len(messages)):
-        if not isinstance(message, dict) or not isinstance(message.get("value"), str):
-            raise ValueError(f'message {len(turns)} is not {{"from": "{role}", "value": text}}')
-        if message.get("from") != role:
-            raise ValueError(f"message {len(turns)} is from {message.get('from')!r:.80}; the roles must alternate")
+        if not isinstance(message, dict) or message.get("from") != role or not isinstance(message.get("value"), str):
+            raise ValueError(f'message {len(turns)} is {message!r:.80}; expected {{"from": "{role}", "value": text}}')
         turns.append(message["value"])
     if len(turns) % 2 == 1:
         raise ValueError("its last message is the human's: it has no answer to learn")
@@ -85,8 +88,9 @@ def from_caption(record: dict, rng: random.Random) -> Example:
     rng draws the request, and whether the picture comes before or after it (Eq. 2).
     """
     image, caption = record.get("image"), record.get("caption")
-    if not isinstance(image, str) or not isinstance(caption, str) or not caption.strip():
-        raise ValueError('it is not {"image": path, "caption": text}')
+    if not isinstance(caption, str) or not caption.strip():
+        raise ValueError(f"its keys are {shorten(map(repr, record)) or 'none'}; expected `conversations`, or `image` "
+                         "and a text `caption`; for ScienceQA name the folder")  # fmt: skip
     check_inside(image)
     request = rng.choice(REQUESTS)
     human = f"{IMAGE}\n{request}" if rng.random() < 0.5 else f"{request}\n{IMAGE}"
@@ -114,212 +118,173 @@ def options_line(choices: list[str]) -> str:
 
 def check_inside(name):
     """Raises ValueError unless a picture's path, which comes from a downloaded file, stays below its folder."""
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise ValueError(f"its image {name!r:.80} is not a path")
-    if "\\" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise ValueError(f"its image {name!r:.80} leads out of the picture folder")
+    parts = name.split("/") if isinstance(name, str) else [""]
+    if parts[0] == "" or ".." in parts or {"\0", "\\"} & {*name}:
+        raise ValueError(f"its image {name!r:.80} is not a path inside the picture folder")
 
 
 # --- data sets
 
 
-class Records:
-    """The checked records of one file, a JSON list or JSON lines. records[i] -> dict."""
-
-    def __init__(self, path: Path):
-        self.path, self.kind, encoded, rng = path, "", [], random.Random(0)
-        silent = os.environ.get("RANK", "0") != "0"
-        bar = tqdm(read_records(path), f"checking {path.name}", delay=1, leave=False, disable=silent)
-        for i, record in enumerate(bar):
-            try:
-                self.kind = self.kind or recognise(record)
-                KINDS[self.kind](record, rng)  # raises ValueError if the record is faulty
-            except ValueError as error:
-                name = printable(str(record.get("id", record.get("image", ""))))[:80]
-                raise UserError(f"{path}: sample {i} (id {name}): {str(error)[:300]}; correct or remove it") from None
-            encoded.append(json.dumps(record).encode())
-        self.ends = np.cumsum([0] + [len(one) for one in encoded])  # (n+1,)
-        self.text = np.frombuffer(b"".join(encoded), np.uint8)
-
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def __getitem__(self, i: int) -> dict:
-        return json.loads(self.text[self.ends[i] : self.ends[i + 1]].tobytes())
-
-
 def read_records(path: Path) -> list[dict]:
-    """The objects of a JSON list, or of a file with one JSON object a line. A UserError names the line of a fault."""
-    line, records = 0, []
+    """The objects of a JSON list or of JSON lines."""
+    decoder, values, end = json.JSONDecoder(), [], 0
     try:
         text = path.read_bytes().decode("utf-8-sig")
-        if text.lstrip().startswith("["):
-            records = json.loads(text)
-        else:
-            for line, one in enumerate(text.split("\n")):
-                if one.strip():
-                    records.append(json.loads(one))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: bad JSON in line {line + error.lineno}, column {error.colno}: {error.msg}; expected "
-                        "a list of samples, or one sample a line") from None  # fmt: skip
+        while end < len(text):
+            if text[end].isspace():
+                end += 1
+            else:
+                value, end = decoder.raw_decode(text, end)
+                values.append(value)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({reason(error)}); is the path right?") from None
-    if not records:
-        raise UserError(f"{path}: holds no samples")
-    for i, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise UserError(f"{path}: sample {i} is not a JSON object; correct or remove it")
+    records = values[0] if len(values) == 1 and isinstance(values[0], list) else values
+    if not records or not all(isinstance(record, dict) for record in records):
+        raise UserError(f"{path}: holds no samples; expected a list of JSON objects, or one object a line")
     return records
 
 
-def recognise(record: dict) -> str:
-    """A key of KINDS. Raises ValueError if the record is of no known data set."""
-    if "conversations" in record:
-        return "LLaVA conversations"
-    if "caption" in record:
-        return "captions"
-    keys = shorten(map(repr, record)) or "none"
-    raise ValueError(f"its keys are {keys}; expected `conversations` (LLaVA JSON) or `image` and `caption`; for "
-                     "ScienceQA name the folder")  # fmt: skip
+def check_records(path: Path, records: list[dict]) -> str:
+    """The kind of the records, a key of KINDS. Raises UserError for the first that is faulty."""
+    kind = "LLaVA conversations" if "conversations" in records[0] else "captions"
+    silent, rng = os.environ.get("RANK", "0") != "0", random.Random(0)
+    for i, record in enumerate(tqdm(records, f"checking {path.name}", delay=1, leave=False, disable=silent)):
+        try:
+            KINDS[kind](record, rng)
+        except ValueError as error:
+            name = printable(str(record.get("id", record.get("image", ""))))[:80]
+            raise UserError(f"{path}: sample {i} (id {name}): {str(error)[:300]}; correct or remove it") from None
+    return kind
 
 
-class ScienceQA:
-    """The problems of one split, in the order of pid_splits.json.
+def read_scienceqa(folder: Path, split: str = "train", absent: str = "refuse") -> tuple[list[dict], list[str]]:
+    """The problems of a split in the order of pid_splits.json, and the paths of the pictures that are absent.
 
-    problems[i] is the entry of problems.json with `id` and `image_path` added: the path below the folder, or None.
+    A problem is the entry of problems.json with `id` and `image_path` added: the path below the folder, or None.
+    absent: how to treat problems whose picture is absent: `refuse` them, `text` drops the picture, `keep` it.
     """
-
-    kind = f"ScienceQA, {SCIENCEQA_PROMPT}"
-
-    def __init__(self, folder: Path, split: str = "train", absent: str = "refuse"):
-        """absent: how to treat problems whose picture is absent: `refuse` them, `text` drops the picture, `keep` it."""
-        path = folder / "problems.json"
-        if not path.is_file():
-            raise UserError(f"{folder}: a folder without problems.json, so not ScienceQA's; other data are JSON files")
-        problems, splits = read_json(path, dict), read_json(folder / "pid_splits.json", dict)
-        if not isinstance(splits.get(split), list) or not splits[split]:
-            raise UserError(f"{folder}: pid_splits.json has no problems in split {split!r}; it has {shorten(splits)}")
-        self.path, self.records, self.missing = folder, [], []
-        for id in splits[split]:
-            if not isinstance(id, str) or id not in problems:
-                raise UserError(f"{folder}: split {split} names problem {id!r:.80}, which problems.json does not hold")
-            try:
-                record = check_problem(id, problems[id])
-            except ValueError as error:
-                raise UserError(f"{path}: problem {printable(id)[:80]}: {error}") from None
-            if record["image_path"] and not os.path.isfile(folder / record["image_path"]):
-                self.missing.append(record["image_path"])
-                if absent == "text":
-                    record["image_path"] = None
-            self.records.append(record)
-        if self.missing and absent == "refuse":
-            raise UserError(f"{folder}: {len(self.missing)} pictures are absent ({shorten(self.missing[:1])}, ...); "
-                            "unpack them there, or give --missing-pictures-as-text to do without")  # fmt: skip
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, i: int) -> dict:
-        return self.records[i]
+    path = folder / "problems.json"
+    entries, splits = read_json(path, dict), read_json(folder / "pid_splits.json", dict)
+    if not isinstance(splits.get(split), list) or not splits[split]:
+        raise UserError(f"{folder}: pid_splits.json has no problems in split {split!r}; it has {shorten(splits)}")
+    problems, absent_pictures = [], []
+    for id in map(str, splits[split]):
+        try:
+            problem = check_problem(id, entries.get(id))
+        except ValueError as error:
+            raise UserError(f"{path}: problem {id!r:.80} of split {split!r}: {error}") from None
+        image = problem["image_path"]
+        if image and not os.path.isfile(folder / image):
+            absent_pictures.append(image)
+            problem["image_path"] = None if absent == "text" else image
+        problems.append(problem)
+    if absent_pictures and absent == "refuse":
+        raise UserError(f"{folder}: {len(absent_pictures)} pictures are absent ({shorten(absent_pictures[:1])}, ...); "
+                        "unpack them there, or give --missing-pictures-as-text to do without")  # fmt: skip
+    return problems, absent_pictures
 
 
-def check_problem(id: str, record: dict) -> dict:
+def check_problem(id: str, entry: dict | None) -> dict:
     """A problem of problems.json with `id` and `image_path`; texts that are absent become "". Raises ValueError."""
-    if not isinstance(record, dict):
-        raise ValueError("expected a JSON object")
-    record = {**record, "id": id, "image_path": None}
-    for key in ("hint", "lecture", "solution", "image"):
-        record[key] = record.get(key) or ""
-    for key in ("question", "split", "hint", "lecture", "solution", "image"):
-        if not isinstance(record.get(key), str):
-            raise ValueError(f"`{key}` is {record.get(key)!r:.80}; expected text")
-    choices, answer = record.get("choices"), record.get("answer")
-    if not isinstance(choices, list) or not 1 <= len(choices) <= 26 or not all(isinstance(c, str) for c in choices):
-        raise ValueError(f"`choices` is {choices!r:.80}; expected a list of 1 to 26 texts")
-    if type(answer) is not int or not 0 <= answer < len(choices):
-        raise ValueError(f"`answer` is {answer!r:.80}; expected an index into its {len(choices)} choices")
-    if record["image"]:
-        record["image_path"] = f"images/{record['split']}/{id}/{record['image']}"
-        check_inside(record["image_path"])
-    return record
+    if not isinstance(entry, dict):
+        raise ValueError(f"expected a JSON object, not {entry!r:.80}")
+    problem = entry | {key: entry.get(key) or "" for key in ("hint", "lecture", "solution", "image")}
+    choices, answer = problem.get("choices"), problem.get("answer")
+    texts = ("question", "split", "hint", "lecture", "solution", "image")
+    faults = [key for key in texts if not isinstance(problem.get(key), str)]
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        faults.append("choices")
+    elif type(answer) is not int or not 0 <= answer < len(choices) <= len(LETTERS):
+        faults.append("answer")
+    if faults:
+        raise ValueError(f"`{faults[0]}` is {problem.get(faults[0])!r:.80}; expected texts, of `choices` up to "
+                         f"{len(LETTERS)}, and the index of one as `answer`")  # fmt: skip
+    image = f"images/{problem['split']}/{id}/{problem['image']}" if problem["image"] else None
+    if image:
+        check_inside(image)
+    return problem | {"id": id, "image_path": image}
 
 
-KINDS = {"LLaVA conversations": from_llava, "captions": from_caption, ScienceQA.kind: from_scienceqa}
+KINDS = {"LLaVA conversations": from_llava, "captions": from_caption, "ScienceQA": from_scienceqa}
 
 
 class Examples:
-    """The examples of all the data sets that --data names, one data set after another."""
+    """The examples of all the data sets that --data names, one data set after another.
 
-    def __init__(self, paths: list, seed: int = 0, split: str = "train", absent: str = "refuse"):
-        self.seed = seed
-        self.parts = [ScienceQA(path, split, absent) if path.is_dir() else Records(path) for path in map(Path, paths)]
-        self.starts = np.cumsum([0] + [len(part) for part in self.parts])
+    The records are kept as JSON in one array of bytes: as dicts, 600,000 of them take several times the memory.
+    """
+
+    def __init__(self, paths: Iterable[str | Path], seed: int = 0, split: str = "train", absent: str = "refuse"):
+        self.paths, self.seed = [Path(path) for path in paths], seed
+        self.kinds, self.absent_pictures, self.n_pictures, encoded, starts = [], [], 0, [], [0]
+        for path in self.paths:
+            if path.is_dir():
+                kind, key = "ScienceQA", "image_path"
+                records, absent_pictures = read_scienceqa(path, split, absent)
+                self.absent_pictures += absent_pictures
+            else:
+                records = read_records(path)
+                kind, key = check_records(path, records), "image"
+            self.kinds.append(kind)
+            self.n_pictures += sum(bool(record.get(key)) for record in records)
+            encoded += [json.dumps([kind, record]).encode() for record in records]
+            starts.append(len(encoded))
+        self.starts = np.array(starts)  # of the data sets
+        self.ends = np.cumsum([0] + [len(one) for one in encoded])  # (n+1,), in bytes
+        self.encoded = np.frombuffer(b"".join(encoded), np.uint8)
 
     def __len__(self):
         return int(self.starts[-1])
 
-    def __getitem__(self, i: int) -> Example:
-        return self.get(i, epoch=0)
-
-    def get(self, i: int, epoch: int) -> Example:
+    def get(self, i: int, epoch: int = 0) -> Example:
         """Example i. Each epoch draws anew what is random in a caption; all processes draw the same."""
-        part = int(np.searchsorted(self.starts, i, side="right")) - 1
-        record = self.parts[part][i - self.starts[part]]
-        return KINDS[self.parts[part].kind](record, random.Random(f"{self.seed} {epoch} {i}"))
+        kind, record = json.loads(self.encoded[self.ends[i] : self.ends[i + 1]].tobytes())
+        return KINDS[kind](record, random.Random(f"{self.seed} {epoch} {i}"))
+
+    __getitem__ = get
 
     def types(self) -> np.ndarray:
         """(n,) int, the index of each sample's data set; the published 158K come as one file for each response type."""
-        return np.repeat(np.arange(len(self.parts)), [len(part) for part in self.parts])
+        return np.repeat(np.arange(len(self.paths)), np.diff(self.starts))
 
     def describe(self, sampling: str) -> list[str]:
         """One line for each data set: its size, kind, and share of the samples that are drawn."""
-        shares = [1 / len(self.parts) if sampling == "uniform" else len(part) / len(self) for part in self.parts]
-        lines = [f"{part.path}: {len(part):,} {part.kind}, {100 * share:.1f} % of the samples drawn"
-                 for part, share in zip(self.parts, shares)]  # fmt: skip
-        absent = sum(len(part.missing) for part in self.parts if isinstance(part, ScienceQA))
-        return lines + ([f"{absent} pictures are absent; their problems are used without one"] if absent else [])
+        lines = []
+        for path, kind, n in zip(self.paths, self.kinds, np.diff(self.starts)):
+            share = 1 / len(self.paths) if sampling == "uniform" else n / len(self)
+            lines.append(f"{path}: {n:,} {kind}, {100 * share:.1f} % of the samples drawn")
+        if self.absent_pictures:
+            lines.append(f"{len(self.absent_pictures)} pictures are absent; their problems are used without one")
+        return lines
 
 
 class Pictures:
     """Encoded pictures by name, from a folder or straight from a zip."""
 
     def __init__(self, path: str | Path):
-        self.path, self.process = Path(path), 0  # 0: not opened
-        if not self.path.exists():
-            raise UserError(f"{path}: no such folder or zip of pictures (--images)")
+        self.path, self.archive = Path(path), None
         if not self.path.is_dir():
             try:
-                self.archive()
+                self.archive = zipfile.ZipFile(path)
             except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
-                raise UserError(f"{path}: neither a folder nor an intact zip ({reason(error)}); copy or download it "
-                                "again (--images)") from None  # fmt: skip
-
-    def __getstate__(self) -> dict:
-        """Pickles the path alone: the process that receives it opens the zip itself."""
-        return {"path": self.path, "process": 0}
-
-    def archive(self) -> zipfile.ZipFile:
-        """Each process opens the zip for itself: forked processes would share one position in the file."""
-        if self.process != os.getpid():
-            self.opened, self.process = zipfile.ZipFile(self.path), os.getpid()
-        return self.opened
+                raise UserError(f"{path}: neither a folder nor an intact zip of pictures ({reason(error)}); correct "
+                                "--images, or copy the zip again") from None  # fmt: skip
 
     def read(self, name: str) -> bytes:
         """Raises ValueError with the reason if the picture is absent, damaged or over MAX_BYTES."""
         check_inside(name)
         try:
-            if self.path.is_dir():
-                with open(self.path / name, "rb") as file:
-                    content = file.read(MAX_BYTES + 1)
+            if self.archive is None:
+                file: IO[bytes] = open(self.path / name, "rb")
             else:
-                entry = self.archive().getinfo(name)
+                entry = self.archive.getinfo(name)
                 if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise ValueError("it is neither stored nor deflated")  # zipfile bounds only these while it unpacks
-                with self.archive().open(entry) as file:
-                    content = file.read(MAX_BYTES + 1)
-        except (KeyError, FileNotFoundError):
-            raise ValueError(f"cannot be read from {self.path}: no such picture") from None
-        except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                    raise ValueError("neither stored nor deflated")  # zipfile bounds only these while it unpacks
+                file = self.archive.open(entry)
+            with file:
+                content = file.read(MAX_BYTES + 1)
+        except (KeyError, OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"cannot be read from {self.path}: {reason(error)}") from None
         if len(content) > MAX_BYTES:
             raise ValueError(f"cannot be read from {self.path}: it has more than {MAX_BYTES} bytes")
@@ -376,56 +341,53 @@ class Encoder:
         if max_length is not None and max_length < fixed + 2:  # at least a token of a question and one of an answer
             raise UserError(f"--max-length {max_length}: the system message and a picture alone take {fixed}")
 
-    def __call__(self, example: Example) -> Sample:
+    def encode(self, example: Example) -> Sample:
         """Tokenizes an example and reads its picture. Raises ValueError if the picture is absent or damaged.
 
         A sample over max_length loses its end. If max_length falls inside the picture, the sample ends before it.
         """
         ids, green = tokenize(self.sp, example.turns, self.n_patches if example.image else 0)
         assert ids[: len(self.system)].tolist() == self.system, "every sample starts with the system message"
-        patches, end = np.flatnonzero(ids == IMAGE_ID), self.max_length or len(ids)
-        cut = end < len(ids)
-        if example.image and patches[0] < end <= patches[-1]:
-            end = int(patches[0])
-        pixels = None
-        if example.image and patches[-1] < end:
+        end, pixels = min(len(ids), self.max_length or len(ids)), None
+        n_patches = int((ids[:end] == IMAGE_ID).sum())
+        if n_patches < self.n_patches:  # no picture, or a part of one
+            end -= n_patches
+        elif example.image:
+            assert self.pictures, "without --images, train.py refuses examples with pictures"
             try:
-                if self.pictures is None:
-                    raise ValueError("give its folder or zip as --images")
                 pixels = preprocess(open_picture(self.pictures.read(example.image)), self.image_size)
             except ValueError as error:
                 name = f"sample {shorten([example.id])}: picture {shorten([example.image])}"
                 raise ValueError(f"{name}: {error}") from None
         rest = slice(len(self.system), end)
-        return Sample(ids[rest], green[rest], pixels, cut)
+        return Sample(ids[rest], green[rest], pixels, cut=end < len(ids))
 
     def stream(self, samples: list[Sample]) -> Batch:
         """The system message once, then the samples. Without samples: one position that predicts nothing."""
-        if not samples:
-            samples = [Sample(np.array([self.sp.bos_id()]), np.array([False]))]
-        pixels = [sample.pixels for sample in samples if sample.pixels is not None]
-        size = self.image_size
+        system = Sample(np.array(self.system), np.zeros(len(self.system), bool))
+        parts = [system, *(samples or [Sample(np.array([self.sp.bos_id()]), np.array([False]))])]
+        pixels = [part.pixels for part in parts if part.pixels is not None]
         return Batch(
-            ids=np.concatenate([np.array(self.system), *(sample.ids for sample in samples)]),
-            green=np.concatenate([np.zeros(len(self.system), bool), *(sample.green for sample in samples)]),
-            borders=np.cumsum([len(self.system)] + [len(sample.ids) for sample in samples]).tolist(),
-            pixels=np.stack(pixels) if pixels else np.zeros((0, 3, size, size), np.uint8),
+            ids=np.concatenate([part.ids for part in parts]),
+            green=np.concatenate([part.green for part in parts]),
+            borders=np.cumsum([len(part.ids) for part in parts]).tolist(),
+            pixels=np.array(pixels, np.uint8).reshape(-1, 3, self.image_size, self.image_size),
         )
 
 
 def order(types: np.ndarray, epoch: int, seed: int, sampling: str = "proportional") -> np.ndarray:
     """The samples (n,) that an epoch shows, in order: a pure function of its arguments.
 
-    types (n,) int: the response type of each sample. proportional: each sample once. uniform: each draw takes a type
-    with equal probability, and within a type no sample comes again before all have come (section 4.2.2: the types are
-    "uniformly sampled in training").
+    types (n,) int: the response type of each sample, from 0. proportional: each sample once. uniform: each draw takes
+    a type with equal probability, and within a type no sample comes again before all have come (section 4.2.2: the
+    types are "uniformly sampled in training").
     """
     rng, n = np.random.default_rng([seed, epoch]), len(types)
     if sampling == "proportional":
         return rng.permutation(n)
-    present = np.unique(types)
-    drawn, samples = present[rng.integers(len(present), size=n)], np.empty(n, dtype=np.int64)
-    for one in present:
+    n_types = types.max() + 1
+    drawn, samples = rng.integers(n_types, size=n), np.empty(n, dtype=np.int64)
+    for one in range(n_types):
         members, places = np.flatnonzero(types == one), np.flatnonzero(drawn == one)
         rounds = [rng.permutation(members) for _ in range(math.ceil(len(places) / len(members)))]
         if rounds:  # else the type was not drawn
@@ -434,8 +396,8 @@ def order(types: np.ndarray, epoch: int, seed: int, sampling: str = "proportiona
 
 
 @dataclass
-class Step:
-    """One process's share of a global batch."""
+class Share:
+    """What one process computes of a global batch."""
 
     batches: list[Batch] = field(default_factory=list)  # micro-batches
     ids: list[str] = field(default_factory=list)  # of its samples
@@ -446,35 +408,33 @@ class Step:
     failure: str = ""  # why the data workers cannot continue
 
 
-class Steps:
-    """steps[t] -> this process's Step t. The global batch does not depend on the number of processes."""
+class Shares:
+    """shares[t] -> this process's share of global batch t, which does not depend on the number of processes."""
 
-    def __init__(self, examples: Examples, encode: Encoder, batch_size: int, seed: int, rank: int = 0, world: int = 1,
-                 limit: int = 16384, sampling: str = "proportional"):  # fmt: skip
+    def __init__(self, examples: Examples, encoder: Encoder, batch_size: int, seed: int, rank: int = 0,
+                 world_size: int = 1, limit: int = 16384, sampling: str = "proportional"):  # fmt: skip
         """batch_size: samples of the global batch. limit: positions of a micro-batch, unless one sample has more."""
-        self.examples, self.encode, self.batch_size, self.seed = examples, encode, batch_size, seed
-        self.rank, self.world, self.limit, self.sampling = rank, world, limit, sampling
+        self.examples, self.encoder, self.batch_size, self.seed = examples, encoder, batch_size, seed
+        self.rank, self.world_size, self.limit, self.sampling = rank, world_size, limit, sampling
         self.per_epoch = math.ceil(len(examples) / batch_size)  # the last batch of an epoch may be smaller
-        self.types, self.epoch = examples.types(), -1
 
-    def __getitem__(self, t: int) -> Step:
+    def __getitem__(self, t: int) -> Share:
         epoch, within = divmod(t, self.per_epoch)
-        if epoch != self.epoch:
-            self.epoch, self.shuffled = epoch, order(self.types, epoch, self.seed, self.sampling)
         start = within * self.batch_size
-        chosen = self.shuffled[start : start + self.batch_size]
-        samples, ids, errors = [], [], []
-        for i in chosen[self.rank :: self.world]:
-            example = self.examples.get(int(i), epoch)
-            ids.append(example.id)
+        chosen = order(self.examples.types(), epoch, self.seed, self.sampling)[start : start + self.batch_size]
+        samples, share = [], Share()
+        for i in chosen[self.rank :: self.world_size].tolist():
+            example = self.examples.get(i, epoch)
+            share.ids.append(example.id)
             try:
-                samples.append(self.encode(example))
+                samples.append(self.encoder.encode(example))
             except ValueError as error:
-                errors.append(str(error))
-        return Step([self.encode.stream(group) for group in grouped(samples, self.limit)], ids, errors,
-                    green=sum(int(sample.green.sum()) for sample in samples),
-                    tokens=sum(len(sample.ids) for sample in samples),
-                    cut=sum(sample.cut for sample in samples))  # fmt: skip
+                share.errors.append(str(error))
+        share.batches = [self.encoder.stream(group) for group in grouped(samples, self.limit)]
+        share.green = sum(int(sample.green.sum()) for sample in samples)
+        share.tokens = sum(len(sample.ids) for sample in samples)
+        share.cut = sum(sample.cut for sample in samples)
+        return share
 
 
 def grouped(samples: list[Sample], limit: int) -> list[list[Sample]]:
@@ -489,30 +449,26 @@ def grouped(samples: list[Sample], limit: int) -> list[list[Sample]]:
     return groups
 
 
-# --- for the commands that show samples
+# --- data workers
 
 
-def add_data_arguments(parser: argparse.ArgumentParser):
-    """The flags that say which data and tokenizer to show."""
-    add = parser.add_argument
-    add("--data", nargs="+", metavar="PATH", help="LLaVA JSON, captions, or a ScienceQA folder (default: the demo's "
-        "captions)")  # fmt: skip
-    add("--split", default="train", help="of a ScienceQA folder: a name in its pid_splits.json")
-    add("--tokenizer", metavar="FILE", help="tokenizer.model of a LLaMA (default: the demo's)")
-    add("--patches", type=int, help="positions of a picture (default: the demo's; 256 with --tokenizer)")
+def prefetched(shares: Shares, order: range, workers: int) -> Iterator[Share]:
+    """Computes shares[t] for each t of `order`, in threads ahead of the training; workers=0: when its turn comes.
 
-
-def open_for_display(a: argparse.Namespace) -> tuple[SentencePieceProcessor, Examples, int]:
-    """The tokenizer, the examples and the patches of a picture. Opens no picture."""
-    from demo import world
-
-    sp = load_tokenizer(a.tokenizer or world.LLAMA / "tokenizer.model")
-    n_patches = 256 if a.tokenizer else world.N_PATCHES
-    if a.patches is not None:
-        n_patches = a.patches
-    if not 1 <= n_patches <= 10_000:
-        raise UserError(f"--patches {n_patches}: a picture takes 1 to 10000 positions")
-    if a.data:
-        return sp, Examples(a.data, split=a.split, absent="keep"), n_patches
-    world.prepare()
-    return sp, Examples([world.FOLDER / "captions.json"]), n_patches
+    Threads suffice, because Pillow decodes and resizes without Python's lock. If a share takes longer than
+    READ_TIMEOUT, it holds the failure instead, so that the run can be saved before it ends.
+    """
+    if workers == 0:
+        yield from (shares[t] for t in order)
+        return
+    with ThreadPool(workers) as pool:
+        upcoming, pending = iter(order), collections.deque()
+        for _ in order:
+            for t in itertools.islice(upcoming, 2 * workers - len(pending)):
+                pending.append(pool.apply_async(shares.__getitem__, [t]))
+            try:
+                share = pending.popleft().get(READ_TIMEOUT)
+            except multiprocessing.TimeoutError:
+                share = Share(failure=f"its pictures could not be read within {READ_TIMEOUT} s; is the disk reachable? "
+                              "The same command continues from here")  # fmt: skip
+            yield share

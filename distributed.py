@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -42,10 +43,10 @@ def processes() -> Iterator[tuple[int, int, torch.device]]:
         yield rank, world_size, device
         if dist.is_initialized():
             dist.barrier()  # no process closes connections that another one still uses
-    except SystemExit as end:  # an interrupted run
+    except (SystemExit, KeyboardInterrupt) as end:  # an interrupted run
         if world_size == 1:
             raise
-        exit_now(end.code)
+        exit_now(getattr(end, "code", 128 + signal.SIGINT))
     except Exception as error:
         for bar in list(tqdm._instances):
             bar.close()  # the error gets a line of its own
@@ -97,7 +98,7 @@ def start_processes() -> tuple[int, int, torch.device]:
 def outside_cause(error: Exception) -> str | None:
     """Names the cause of an error that comes from the machine or from another process; None for any other error."""
     if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory is full: lower --micro-batch-tokens or add --checkpoint-activations (see tools.plan)"
+        return "the GPU's memory is full: lower --micro-batch-tokens (train.py) or --batch-size (eval_scienceqa.py)"
     if re.search("(closed|reset) by (remote )?peer|remote process exited", str(error)):  # gloo's words, and NCCL's
         return "another process of this run ended; its own message has the reason"
     return None

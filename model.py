@@ -16,7 +16,7 @@ Shapes: B samples, N positions of the stream, S of them the system message, T of
 heads, K key/value heads, hd = dim / H; P patches a picture, D width of the ViT; M positions that predict a green token.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -330,12 +330,12 @@ class LLaVA(nn.Module):
         return F.cross_entropy(logits.float(), ids[target], reduction="sum")
 
     @torch.no_grad()
-    def generate(self, ids: torch.Tensor, borders: list[int], pixels: torch.Tensor, stop: Sequence[int],
+    def generate(self, ids: torch.Tensor, borders: list[int], pixels: torch.Tensor, stop: list[list[int]],
                  max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
                  seed: int = 0) -> Iterator[dict[int, int]]:  # fmt: skip
-        """Answers the B prompts of a stream together, each until it ends with `stop`.
+        """Answers the B prompts of a stream together, each until it ends with one of the sequences of `stop`.
 
-        ids (N,), pixels: as in `embed`. stop: the ids of <STOP>.
+        ids (N,), pixels: as in `embed`. stop: as `stop_ids` returns them.
         temperature: 0 = always the most likely token.
         top_p: samples among the fewest tokens that hold this probability.
         seed: each prompt has its own generator, so its answer does not depend on its neighbours.
@@ -344,7 +344,8 @@ class LLaVA(nn.Module):
         """
         cache = KVCache(borders, ids.device)
         last = torch.tensor(borders[1:], device=ids.device) - 1  # of each prompt
-        x = self.llama(self.embed(ids, pixels), position_ids(borders, ids.device), cache.prefill, wanted=last)  # (B, dim)
+        x = self.embed(ids, pixels)  # (N, dim)
+        x = self.llama(x, position_ids(borders, ids.device), cache.prefill, wanted=last)  # (B, dim)
         rows = list(range(len(last)))  # the prompts whose answers continue
         answers = [[] for _ in rows]
         rngs = [torch.Generator().manual_seed(seed + i) for i in rows]
@@ -353,7 +354,7 @@ class LLaVA(nn.Module):
             for i, token in zip(rows, tokens):
                 answers[i].append(token)
             yield dict(zip(rows, tokens))
-            going = [j for j, i in enumerate(rows) if answers[i][-len(stop) :] != list(stop)]
+            going = [j for j, i in enumerate(rows) if not length_of_stop(answers[i], stop)]
             if not going or step + 1 == max_new_tokens:
                 return
             if len(going) < len(rows):
@@ -363,14 +364,19 @@ class LLaVA(nn.Module):
             x = self.llama(x, cache.lengths, cache.step)
             cache.advance()
 
-    def answers(self, ids: torch.Tensor, borders: list[int], pixels: torch.Tensor, stop: Sequence[int],
+    def answers(self, ids: torch.Tensor, borders: list[int], pixels: torch.Tensor, stop: list[list[int]],
                 max_new_tokens: int, **settings) -> list[list[int]]:  # fmt: skip
-        """Runs `generate` to its end: the new ids of each prompt, without <STOP>."""
+        """Runs `generate` to its end: the new ids of each prompt, without their stop."""
         answers = [[] for _ in borders[1:]]
         for step in self.generate(ids, borders, pixels, stop, max_new_tokens, **settings):
             for i, token in step.items():
                 answers[i].append(token)
-        return [a[: -len(stop)] if a[-len(stop) :] == list(stop) else a for a in answers]
+        return [answer[: len(answer) - length_of_stop(answer, stop)] for answer in answers]
+
+
+def length_of_stop(answer: list[int], stop: list[list[int]]) -> int:
+    """The number of tokens of the stop sequence with which an answer ends; 0 if it does not end."""
+    return next((len(tokens) for tokens in stop if answer[-len(tokens) :] == tokens), 0)
 
 
 def choose(logits: torch.Tensor, temperature: float, top_p: float, rngs: list[torch.Generator]) -> list[int]:

@@ -263,7 +263,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
     say(f"model: {trained:,} parameters train, {frozen:,} are frozen; {args.precision} on {world_size} x {device.type}")
 
     # shares[t]: the samples of global batch t that this process computes.
-    sp = checkpoint.open_tokenizer(llama / "tokenizer.model", model.llama.config)
+    sp = checkpoint.open_tokenizer(checkpoint.tokenizer_path(llama), model.llama.config)
     encoder = Encoder(sp, model.vision.config.n_patches, model.vision.config.image_size, pictures, args.max_length)
     shares = Shares(examples, encoder, args.batch_size, args.seed, rank, world_size, args.micro_batch_tokens,
                     args.sampling)  # fmt: skip
@@ -278,12 +278,12 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
     t = start = resume(args.out, state, net, optimizer) if state else 0  # t: steps taken
     say(f"{args.out}: " + (f"continues after step {start} of {total}" if start else f"{total} steps"))
 
-    def save():
-        """Saves the state after step t. After the last step, the trained parameters are saved before it, for use."""
+    def save(for_use: bool):
+        """Saves the state after step t; before it, for use by evaluation and chat, the parameters that train."""
         full = full_state(net, optimizer)
-        if t == total:
+        if for_use:
             by_process_0(lambda: checkpoint.save_run(args.out, model.llama.config, full["model"], config | {"step": t},
-                                                     vision, llama / "tokenizer.model"))  # fmt: skip
+                                                     vision, checkpoint.tokenizer_path(llama)))  # fmt: skip
         by_process_0(lambda: checkpoint.save_state(args.out, full, t))
 
     interrupt, failure, bad_samples, cut_samples, began = Interrupt(), None, 0, 0, time.time()
@@ -328,10 +328,10 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
             append_metrics(args.out / "metrics.jsonl", step=t, loss=loss, lr=lr, grad_norm=grad_norm,
                            green_tokens=green, tokens=tokens, seconds=round(seconds, 4))  # fmt: skip
         if args.save_every and t % args.save_every == 0 and t < total:
-            save()
+            save(for_use=False)
     bar.close()
     if t and (t > start or by_process_0(lambda: checkpoint.missing_file(args.out, args.stage))):
-        save()
+        save(for_use=True)
     say(f"{args.out}: {t} of {total} steps done; {bad_samples} samples skipped, {cut_samples} cut to --max-length")
     if failure:
         raise UserError(f"step {t + 1}: {failure}")

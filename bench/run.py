@@ -152,7 +152,7 @@ class Ours:
         return [p.grad for p in found]
 
     def answers(self) -> list[list[int]]:
-        return self.model.answers(self.ids, self.borders, self.pixels, (), MAX_NEW_TOKENS)
+        return self.model.answers(self.ids, self.borders, self.pixels, [], MAX_NEW_TOKENS)
 
 
 class Theirs:

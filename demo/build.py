@@ -8,7 +8,6 @@ stage 1 connects them, by W.
     python -m demo.build --out DIR
 """
 
-import argparse
 import functools
 import io
 import math
@@ -28,12 +27,12 @@ from sentencepiece import SentencePieceProcessor
 from tqdm import trange
 
 from checkpoint import load_vision, save_llama
-from common import HelpFormatter, replacing, run_command
+from common import ArgumentParser, replacing, run_command
 from conversation import IMAGE_ID, load_tokenizer, render, system_ids, tokenize
 from data import LETTERS, from_caption, from_scienceqa, options_line
 from demo import world
 from demo.world import ATTRIBUTES, PLACES, Scene, draw_scene, empty_places
-from model import LLaMA, LLaMAConfig, causal_attention, positions
+from model import LLaMA, LLaMAConfig, causal_attention, position_ids
 from vision import VisionConfig, VisionTransformer, normalize
 
 VOCAB, N_BYTES = 1024, 3 + 256  # the first pieces are <unk>, <s>, </s> and the bytes
@@ -259,7 +258,7 @@ def train_tokenizer(path: Path) -> SentencePieceProcessor:
     lines = []
     for _ in range(8000):
         turns, scene = draw_conversation(rng)
-        text = "".join(segment for segment, _ in render(turns, scene is not None))
+        text = "".join(render(turns, scene is not None)[:2])
         lines += text.split("\n")  # no piece contains a newline: the tokenizer spells it as a byte
         if scene:
             lines.append(" ".join(word for [(word, _)] in describe_in_words(scene, rng)))
@@ -377,7 +376,7 @@ def loss_of_texts(llama: LLaMA, texts: list[Text], shared: int,
     targets = ids[target, 0]
     with torch.autocast("cpu", torch.bfloat16):
         x = (llama.tok_embeddings(ids) * weights[..., None]).sum(1)  # (N, dim)
-        x = llama(x, positions(borders), PaddedAttention(borders), wanted=target - 1)  # (M, dim)
+        x = llama(x, position_ids(borders), PaddedAttention(borders), wanted=target - 1)  # (M, dim)
         logits = llama.logits(x).float()  # (M, VOCAB)
     importance = word_weights[targets]
     loss = (F.cross_entropy(logits, targets, reduction="none") * importance).sum() / importance.sum()
@@ -429,7 +428,7 @@ class Contrast(nn.Module):
         patches, last = self.outputs[0][:, 1:], self.outputs[1][:, 0]  # (B, P, D), (B, D)
         borders = list(accumulate((len(ids) for ids in captions), initial=0))
         x = self.text.tok_embeddings(torch.tensor([id for ids in captions for id in ids]))  # (N, D)
-        x = self.text.norm(self.text(x, positions(borders), PaddedAttention(borders)))  # (N, D)
+        x = self.text.norm(self.text(x, position_ids(borders), PaddedAttention(borders)))  # (N, D)
         pictures = F.normalize(self.vit.ln_post(last) @ self.vit.proj, dim=-1)  # type: ignore[operator]  # (B, D)
         texts = F.normalize(x[torch.tensor(borders[1:]) - 1], dim=-1)  # (B, D), at each caption's last token
         by_picture = pictures @ texts.T  # (B, B)
@@ -532,7 +531,7 @@ def build(folder: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, metavar="DIR", help="where to write them")
     build(parser.parse_args().out)
 

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import build, load_llama, load_run, load_vision, open_run
-from common import HelpFormatter, UserError, read_json, run_command, write_json
+from common import ArgumentParser, UserError, read_json, run_command, write_json
 from conversation import IMAGE
 from data import REQUESTS, Encoder, Example, Pictures
 from demo import world
@@ -28,6 +28,7 @@ from eval_scienceqa import CATEGORIES, ask, categories
 from model import LLaVA
 
 QUESTIONS_PER_SCENE = 2  # for the chatbot
+BATCH_SIZE = 32  # questions that the model answers at once
 MAX_NEW_TOKENS = 64  # of an answer
 MAX_NAMED = 6  # the score tries all pairings of the first things that a caption names, up to this number
 QUIZ_FILES = ("answers_test.json", "answers_test_swapped.json")  # eval_scienceqa.py writes them into a run of the quiz
@@ -205,40 +206,43 @@ def report(run: Path) -> str:
 # --- for train.py
 
 
-def model_before(a: argparse.Namespace, dtype: torch.dtype) -> LLaVA:
+def model_before(args: argparse.Namespace, dtype: torch.dtype) -> LLaVA:
     """The model that the run started from. `build` draws the same untrained W from the same seed."""
-    if a.init_from:
-        return load_run(a.init_from, dtype)[0]
-    return build(load_llama(world.LLAMA, dtype), load_vision(world.VISION, dtype=dtype), seed=a.seed)
+    if args.init_from:
+        return load_run(args.init_from, dtype)[0]
+    return build(load_llama(world.LLAMA, dtype), load_vision(world.VISION, dtype=dtype), seed=args.seed)
 
 
-def finish(a: argparse.Namespace):
+def finish(args: argparse.Namespace):
     """Examines a finished run of the demo with train.py's arguments: writes exam.json and prints its table.
 
     Only process 0 works; in the others it returns at once. The quiz has its own program, eval_scienceqa.py.
     """
     if os.environ.get("RANK", "0") != "0":
         return
-    if a.name == "scienceqa":
-        model = "" if a.out == Path("runs/scienceqa") else f" --model {a.out}"
+    if args.name == "scienceqa":
+        model = "" if args.out == Path("runs/scienceqa") else f" --model {args.out}"
         print(f"to score it: python eval_scienceqa.py{model}")
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config, trained, sp, autocast = open_run(a.out, device, "torchrun train.py")
+    trained, sp, config, autocast = open_run(args.out, device, "torchrun train.py")
     dtype = torch.bfloat16 if config["precision"] == "bf16" else torch.float32
-    untrained = model_before(a, dtype).to(device)
+    untrained = model_before(args, dtype).to(device)
     vit = trained.vision.config
-    encode = Encoder(sp, vit.n_patches, vit.image_size, Pictures(world.FOLDER / "images"), a.max_length)
+    encoder = Encoder(sp, vit.n_patches, vit.image_size, Pictures(world.FOLDER / "images"), args.max_length)
     held_out = read_held_out(world.FOLDER)
-    true = exam_prompts(a.name, held_out)
-    swapped = exam_prompts(a.name, held_out, shift=1)
-    answers = {"name": a.name}
+    true = exam_prompts(args.name, held_out)
+    swapped = exam_prompts(args.name, held_out, shift=1)
+    answers = {"name": args.name}
     with tqdm(total=3 * len(true), desc="exam", unit="answer") as bar, autocast:
         for key, model, prompts in (("before", untrained, true), ("after", trained, true),
                                     ("swapped", trained, swapped)):  # fmt: skip
-            answers[key] = ask(model, encode, prompts, MAX_NEW_TOKENS, progress=bar.update)
-    write_json(a.out / "exam.json", answers)
-    print("\n" + report(a.out))
+            answers[key] = []
+            for i in range(0, len(prompts), BATCH_SIZE):
+                answers[key] += ask(model, encoder, prompts[i : i + BATCH_SIZE], MAX_NEW_TOKENS)
+                bar.update(len(prompts[i : i + BATCH_SIZE]))
+    write_json(args.out / "exam.json", answers)
+    print("\n" + report(args.out))
 
 
 def is_examined(run: Path) -> bool:
@@ -251,7 +255,7 @@ def is_examined(run: Path) -> bool:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run directories (default: all in runs/)")
     runs = parser.parse_args().runs or sorted(filter(is_examined, Path("runs").glob("*")))
     if not runs:

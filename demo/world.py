@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from common import HelpFormatter, UserError, run_command, write_error
+from common import ArgumentParser, UserError, run_command, write_error
 from conversation import IMAGE
 
 # A change of the world or of build.py needs a new RECIPE: the names of the backbones' files contain it.
@@ -485,7 +485,7 @@ def begin(args: argparse.Namespace):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="a new folder for the data")
     prepare(parser.parse_args().folder)
 

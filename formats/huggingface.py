@@ -5,17 +5,19 @@ Only the functions under "files" read anything; all others are pure. "Raw" names
 `transformer.resblocks.0.ln_1.bias`.
 """
 
+import os
 import re
 from pathlib import Path
 
 import torch
 
 from common import UserError, read_json, reason, shorten
-from formats.tensors import LFS_POINTER
+from formats.openai import HEAD_DIM, vision_sizes
+from formats.tensors import LFS_POINTER, load_weights
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 FRACTIONS = ("norm_eps", "rms_norm_eps", "rope_theta", "ffn_dim_multiplier")  # settings that need not be integers
-CLIP_HEAD_DIM = 64  # of every published CLIP ViT
+DELTA_NORM = 0.1  # the weights of the last norm have a mean of about 1 or more in a LLaMA, and near 0 in deltas
 
 # --- names: Hugging Face's -> raw or OpenAI's. N is the number of a layer.
 
@@ -66,10 +68,7 @@ CLIP_UNUSED = (  # the text tower, and what follows the grid features
     "text_model.", "text_projection.", "visual_projection.", "logit_scale", "post_layernorm.",
     "embeddings.position_ids",
 )  # fmt: skip
-CLIP_FIELDS = {  # config.json -> VisionConfig
-    "hidden_size": "width", "num_hidden_layers": "layers", "image_size": "image_size", "patch_size": "patch_size",
-}  # fmt: skip
-CLIP_BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}  # transformers' defaults
+CLIP_BASE = {"width": 768, "layers": 12, "image_size": 224, "patch_size": 32}  # the sizes that transformers defaults to
 LLAVA_PREFIXES = {  # prefix -> part of the model. The first prefix that fits is removed.
     "model.mm_projector.": "projector",  # the original release
     "multi_modal_projector.": "projector",  # files of transformers
@@ -111,6 +110,48 @@ def duplicate(name: str, path: Path | str) -> UserError:
 
 
 # --- files
+
+
+def load_folder(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder."""
+    weights = {}
+    for file in weight_files(folder):
+        part = load_weights(file)
+        if part.keys() & weights:
+            raise UserError(f"{file}: {shorten(part.keys() & weights)} is in an earlier part too; download all parts "
+                            "again")  # fmt: skip
+        weights |= part
+    return weights
+
+
+def load_llama(folder: Path, head_dim: int) -> dict[str, torch.Tensor]:
+    """A LLaMA's weights under their raw names. Raises UserError for a LLaVA, and for deltas over another LLaMA."""
+    config, weights = read_json(folder / "config.json", dict), load_folder(folder)
+    if is_llava(config) or any("mm_projector." in name for name in weights):
+        raise UserError(f"{folder}: a finished LLaVA; make a run directory of it first: python -m tools.import_llava "
+                        f"{folder} RUN")  # fmt: skip
+    raw = llama_to_raw(weights, head_dim, folder, is_tied(config))
+    if is_delta(raw):
+        raise UserError(f"{folder}: holds deltas over another LLaMA (its last norm is near 0); add them first: python "
+                        f"-m tools.import_llava {folder} NEW_FOLDER --llama-base LLAMA")  # fmt: skip
+    return raw
+
+
+def load_projector(path: str | Path) -> dict[str, torch.Tensor]:
+    """The weights of W under their names in Projection: "weight" of "model.mm_projector.weight".
+
+    The original saves the word embeddings beside W if it adds tokens around the picture; they are left out.
+    """
+    weights = load_weights(path)
+    embeddings = [name for name in weights if name.endswith("embed_tokens.weight")]
+    if embeddings and os.environ.get("RANK", "0") == "0":
+        print(f"{path}: W is taken; {shorten(embeddings)} is left out, as this program adds no tokens")
+    return {name.split("mm_projector.")[-1]: weights[name] for name in weights if name not in embeddings}
+
+
+def load_clip(folder: Path) -> dict[str, torch.Tensor]:
+    """A CLIP's vision tower under OpenAI's names."""
+    return clip_tower(read_json(folder / "config.json", dict), load_folder(folder), folder)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -159,11 +200,12 @@ def files_of_index(path: Path) -> list[str]:
 
 
 def positive(config: dict, keys, path: Path) -> list:
-    """The values at `keys`. Raises UserError if one is not positive, or neither an integer nor one of FRACTIONS."""
+    """The values at `keys`. Raises UserError if one is not positive, is huge, or is a fraction but not in FRACTIONS."""
     for key in keys:
         kinds = (int, float) if key in FRACTIONS else int
         value = config.get(key)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 2**24:
+        most = 1000 if key in ("n_layers", "num_hidden_layers") else 2**24
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= most:
             raise UserError(f"{path}: {key} is {value!r:.80}, expected a positive number; take the published file")
     return [config[key] for key in keys]
 
@@ -195,10 +237,12 @@ def llama_config(config: dict, path: Path) -> dict:
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # of transformers 4, of transformers 5
     if not isinstance(rope, dict):
         rope = {"type": rope}
+    config.setdefault("rms_norm_eps", 1e-6)  # the default of transformers
     config["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
     require(path, model_type=(config.get("model_type"), "llama"))
     fields = dict(zip(LLAMA_FIELDS.values(), positive(config, LLAMA_FIELDS, path)))
+    require_heads(fields, path)
     head_dim = fields["dim"] // fields["n_heads"]
     require(
         path,
@@ -210,6 +254,19 @@ def llama_config(config: dict, path: Path) -> dict:
         quantization_config=(config.get("quantization_config"), None),
     )
     return fields
+
+
+def require_heads(fields: dict, path: Path):
+    """Raises UserError if `dim` does not divide into heads of even size, or the heads not into groups."""
+    dim, n_heads, n_kv_heads = fields["dim"], fields["n_heads"], fields["n_kv_heads"]
+    if dim % (2 * n_heads) or n_heads % n_kv_heads:
+        raise UserError(f"{path}: dim {dim} does not divide into {n_heads} heads of even size, or these not into "
+                        f"{n_kv_heads} groups; use the file as published")  # fmt: skip
+
+
+def is_delta(raw: dict[str, torch.Tensor]) -> bool:
+    """Whether weights under raw names are deltas over another LLaMA."""
+    return bool(raw.get("norm.weight", torch.ones(1)).float().abs().mean() < DELTA_NORM)
 
 
 def is_tied(config: dict) -> bool:
@@ -262,12 +319,18 @@ def swap_pairs_and_halves(weight: torch.Tensor, rows: int, columns: int) -> torc
 # --- CLIP
 
 
-def clip_config(config: dict, path: Path) -> dict:
-    """config.json of a CLIP or a LLaVA -> those of "width", "layers", "image_size" and "patch_size" that it gives.
+def clip_config(width: int, layers: int, image_size: int, patch_size: int) -> dict:
+    """What config.json says of a CLIP ViT of these sizes."""
+    return {
+        "hidden_size": width, "num_hidden_layers": layers, "image_size": image_size, "patch_size": patch_size,
+        "num_attention_heads": width // HEAD_DIM, "intermediate_size": 4 * width, "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    }  # fmt: skip
 
-    Raises UserError if the vision tower is not a ViT as OpenAI trained it.
-    """
-    model_type = config.get("model_type")
+
+def clip_tower(config: dict, weights: dict, folder: Path) -> dict[str, torch.Tensor]:
+    """The vision tower of a CLIP or a LLaVA under OpenAI's names. Raises UserError if config.json does not fit it."""
+    path, model_type = folder / "config.json", config.get("model_type")
     if "vision_config" in config:
         config = part_config(config, "vision_config", path)
         if model_type != "clip":
@@ -275,17 +338,11 @@ def clip_config(config: dict, path: Path) -> dict:
     if model_type not in ("clip", "clip_vision_model"):
         raise UserError(f"{path}: model_type is {model_type!r:.80}, expected 'clip' or 'clip_vision_model', as in the "
                         "Hugging Face folder of OpenAI's ViT-L-14.pt")  # fmt: skip
-    config = {key: value for key, value in config.items() if value is not None}
-    width, heads, hidden = positive(CLIP_BASE | config, CLIP_BASE, path)
-    require(
-        path,
-        hidden_act=(config.get("hidden_act", "quick_gelu"), "quick_gelu"),
-        num_attention_heads=(heads, width // CLIP_HEAD_DIM),
-        intermediate_size=(hidden, 4 * width),
-        layer_norm_eps=(config.get("layer_norm_eps", 1e-5), 1e-5),
-    )
-    given = [key for key in CLIP_FIELDS if key in config]
-    return dict(zip([CLIP_FIELDS[key] for key in given], positive(config, given, path)))
+    given = clip_config(**CLIP_BASE) | {key: value for key, value in config.items() if value is not None}
+    tower = clip_to_openai(weights, folder)
+    fitting = clip_config(**vision_sizes(tower, folder))
+    require(path, **{key: (given[key], value) for key, value in fitting.items()})
+    return tower
 
 
 def clip_to_openai(weights: dict, path: Path) -> dict[str, torch.Tensor]:

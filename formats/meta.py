@@ -6,10 +6,15 @@ from pathlib import Path
 import torch
 
 from common import UserError, printable, shorten
-from formats.huggingface import positive
+from formats.huggingface import positive, require_heads
+from formats.tensors import load_weights
 
 FIELDS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "rope_theta")  # as in LLaMAConfig
 FORMULA = ("multiple_of", "ffn_dim_multiplier")  # from which ffn_dim is computed
+DEFAULTS = {  # of LLaMA 1 and 2; their params.json may say -1 for vocab_size
+    "multiple_of": 256, "ffn_dim_multiplier": 1, "norm_eps": 1e-5, "rope_theta": 10000.0, "vocab_size": 32000,
+}  # fmt: skip
+IGNORED = ("max_seq_len", "max_batch_size", "model_parallel_size")  # they do not change the model
 # The files hold slices of each matrix along dim 0, but of these matrices along dim 1, and equal copies of the norms.
 SLICED_ALONG_1 = ("wo", "w2", "tok_embeddings")
 
@@ -20,6 +25,10 @@ def weight_files(folder: Path) -> list[Path]:
         raise UserError(f"{folder}: expected consolidated.00.pth, .01.pth, ... without a gap; found "
                         f"{shorten(file.name for file in files) or 'none'}")  # fmt: skip
     return files
+
+
+def load_llama(folder: Path) -> dict[str, torch.Tensor]:
+    return merge([load_weights(file) for file in weight_files(folder)], folder)
 
 
 def merge(shards: list[dict[str, torch.Tensor]], path: Path) -> dict[str, torch.Tensor]:
@@ -41,15 +50,16 @@ def ffn_width(dim: int, multiple_of: int, multiplier: float = 1) -> int:
     return multiple_of * math.ceil(int(multiplier * int(2 * 4 * dim / 3)) / multiple_of)
 
 
-def llama_config(params: dict, vocab_size: int | None, path: Path) -> dict:
-    """params.json -> the fields of LLaMAConfig. vocab_size: what a vocab_size of -1 stands for."""
-    if unknown := params.keys() - {*FIELDS, *FORMULA}:
+def llama_config(params: dict, path: Path) -> dict:
+    """params.json -> the fields of LLaMAConfig."""
+    params = {key: value for key, value in params.items() if value is not None and value is not False}
+    if unknown := params.keys() - {*FIELDS, *FORMULA, *IGNORED}:
         raise UserError(f"{path}: {shorten(unknown)} is no setting of LLaMA 1 or 2; use one of these")
-    given = {"n_kv_heads": params.get("n_heads"), "ffn_dim_multiplier": 1, "rope_theta": 10000.0}
-    given |= {key: value for key, value in params.items() if value is not None}
-    if given.get("vocab_size", -1) == -1:
-        given["vocab_size"] = vocab_size
+    given = DEFAULTS | {"n_kv_heads": params.get("n_heads")} | params
+    if given["vocab_size"] == -1:
+        given["vocab_size"] = DEFAULTS["vocab_size"]
     fields = dict(zip(FIELDS, positive(given, FIELDS, path)))
+    require_heads(fields, path)
     return fields | {"ffn_dim": ffn_width(fields["dim"], *positive(given, FORMULA, path))}
 
 

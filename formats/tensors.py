@@ -61,16 +61,23 @@ def read(path: Path, head: bytes) -> Any:
 
 
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """The named tensors of a file. Raises UserError unless each is dense and no larger than its storage.
+    """The named tensors of a file, each contiguous and in memory of its own.
 
-    A few bytes of a pickle can claim a tensor of any size, with stride 0.
+    Else a tensor would change, or be saved, with another. Raises UserError unless each is dense and no larger than its
+    storage: a few bytes of a pickle can claim a tensor of any size, with stride 0.
     """
     weights = load_tensors(path)
     if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
         raise UserError(f"{path}: expected a dict of tensors, as torch.save(model.state_dict(), ...) writes it")
+    owned, taken = {}, set()
     for name, tensor in weights.items():
         dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
         if not dense or tensor.nbytes > tensor.untyped_storage().nbytes():
             raise UserError(f"{path}: {printable(str(name))[:120]} is no dense tensor or is larger than its storage; "
                             "save the weights as a plain dict of dense tensors")  # fmt: skip
-    return {str(name): tensor.detach() for name, tensor in weights.items()}
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in taken or tensor.nbytes < storage.nbytes() or not tensor.is_contiguous():
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        taken.add(storage.data_ptr())
+        owned[str(name)] = tensor.detach()
+    return owned

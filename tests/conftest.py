@@ -20,6 +20,7 @@ from PIL import Image  # noqa: E402
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common import ArgumentParser  # noqa: E402
 from conversation import IMAGE_ID  # noqa: E402
 from model import LLaMA, LLaMAConfig, LLaVA, Projection  # noqa: E402
 from vision import VisionConfig, VisionTransformer  # noqa: E402
@@ -58,9 +59,15 @@ def tiny_tokenizer():
 @pytest.fixture
 def talker(run):
     """A Chat with the run of the test file."""
+    return open_chat(run)
+
+
+def open_chat(run, *flags):
     import chat
 
-    return chat.Chat(run, torch.device("cpu"), max_new_tokens=20, temperature=0.0, top_p=1.0, seed=0)
+    parser = ArgumentParser()
+    chat.add_arguments(parser)
+    return chat.open_chat(parser.parse_args(["--model", str(run), "--max-new-tokens", "20", *flags]))
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ class PictureReader:
     def __init__(self, pictures):
         self.pictures = pictures
 
-    def __call__(self, example):
+    def encode(self, example):
         import data
 
         assert len(self.pictures.read(example.image)) > 500
@@ -143,7 +143,7 @@ def read_data(folder: Path, workers: str, epochs: str) -> dict:
         pictures.read(name)
     result["pictures_per_s"], result["started"] = len(names) / (time.time() - began), memory()
 
-    steps = data.Steps(examples, PictureReader(pictures), batch_size=BATCH_SIZE, seed=0)
+    steps = data.Shares(examples, PictureReader(pictures), batch_size=BATCH_SIZE, seed=0)
     total, began = int(epochs) * steps.per_epoch, time.time()
     loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(total), num_workers=int(workers),
                                          collate_fn=unchanged)  # fmt: skip

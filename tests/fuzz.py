@@ -81,15 +81,15 @@ def read_examples(folder: Path):
             place = os.path.normpath(f"/pictures/{example.image}")
             assert place.startswith("/pictures/") and not {"\0", "\\"} & {*place}, f"{place!r} leads out of the folder"
     if folder.name == "scienceqa":
-        problems = examples.parts[0].records
+        problems = data.read_scienceqa(folder, absent=absent)[0]
         eval_scienceqa.table(problems, eval_scienceqa.score(problems, {"1": "B"}))
 
 
 def read_pictures(path: Path):
-    encode, errors = data.Encoder(TOKENIZER, 4, 28, data.Pictures(path), 2048), []
+    encoder, errors = data.Encoder(TOKENIZER, 4, 28, data.Pictures(path), 2048), []
     for name in ("../../outside", "/etc/hostname", *PICTURES):
         try:
-            sample = encode(data.Example("1", ["<image>\nWhat?", "A cat."], name))
+            sample = encoder.encode(data.Example("1", ["<image>\nWhat?", "A cat."], name))
             assert sample.pixels.shape == (3, 28, 28) and name in PICTURES
         except ValueError as error:
             errors.append(str(error))

@@ -10,10 +10,11 @@ import torch
 import checkpoint
 import data
 from conversation import IMAGE_ID, load_tokenizer, stop_ids, surface, system_ids
+from formats.tensors import load_weights
 from demo import build, world
 from demo.exam import mean_caption_score
 from eval_scienceqa import ask, letter
-from model import LLaMA, StreamAttention, positions
+from model import LLaMA, StreamAttention, position_ids
 
 N_PATCHES = build.PATCHES_ACROSS**2
 
@@ -31,14 +32,14 @@ def untrained():
 
 def test_the_llama_looks_things_up_in_a_scene_described_in_words(sp, untrained):
     """It was trained on text alone, and its answers depend on their context."""
-    rng, encode = random.Random(3), data.Encoder(sp, N_PATCHES, world.PIXELS)
+    rng, encoder = random.Random(3), data.Encoder(sp, N_PATCHES, world.PIXELS)
     scenes = [world.draw_scene(rng, held_out=True) for _ in range(40)]
     samples = []
     for scene in scenes:
         text = build.encode_text(sp, [f"<image>\n{data.REQUESTS[0]}"], build.describe_in_words(scene, rng))
-        after_system = slice(len(encode.system), None)
+        after_system = slice(len(encoder.system), None)
         samples.append(data.Sample(text.ids[after_system, 0], text.green[after_system]))
-    ids, _, borders, pixels = encode.stream(samples).to(torch.device("cpu"))
+    ids, _, borders, pixels = encoder.stream(samples).to(torch.device("cpu"))
     answers = untrained.answers(ids, borders, pixels, stop_ids(sp), max_new_tokens=48)
     captions = [surface(sp, answer).strip() for answer in answers]
     assert mean_caption_score(captions, scenes)["all"] > 0.9
@@ -52,7 +53,7 @@ def test_the_llama_knows_letters_and_facts(sp, untrained):
         problem = world.text_problems(world.SUBJECTS[i % 3], rng)[0]
         problems.append(problem | dict(id=str(i), image_path=None))
     prompts = [data.Example(p["id"], [data.scienceqa_question(p)]) for p in problems]
-    answers = ask(untrained, data.Encoder(sp, N_PATCHES, world.PIXELS), prompts)
+    answers = ask(untrained, data.Encoder(sp, N_PATCHES, world.PIXELS), prompts, 64)
     right = [p["solution"] in answer and letter(answer, len(p["choices"])) == p["answer"] for p, answer in zip(problems, answers)]
     assert sum(right) > 54
 
@@ -126,7 +127,7 @@ def test_the_loss_of_texts_is_that_of_each_text_alone(sp):
         ids, weights = torch.from_numpy(text.ids), torch.from_numpy(text.weights)
         x = (llama.tok_embeddings(ids) * weights[..., None]).sum(1)
         borders = [0, len(ids)]
-        logits = llama.logits(llama(x, positions(borders), StreamAttention(borders)))
+        logits = llama.logits(llama(x, position_ids(borders), StreamAttention(borders)))
         target = torch.from_numpy(text.green).nonzero().squeeze(1)
         nll = torch.nn.functional.cross_entropy(logits[target - 1], ids[target, 0], reduction="none")
         total += (nll * word_weights[ids[target, 0]]).sum().item()
@@ -145,7 +146,7 @@ def test_lessons_and_the_vit_train(sp, monkeypatch):
     monkeypatch.setattr(build, "VIT_STEPS", 2)
     monkeypatch.setattr(build, "VIT_BATCH", 16)
     weights = build.train_vit(sp)
-    assert weights.keys() == checkpoint.load_weights(world.VISION).keys()
+    assert weights.keys() == load_weights(world.VISION).keys()
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
@@ -165,7 +166,7 @@ def test_neighbours_differ_in_one_attribute_of_one_thing():
 def test_build_writes_folders_that_load(sp, monkeypatch, tmp_path):
     """With the training replaced by its start: the files, their names and their precision."""
     monkeypatch.setattr(build, "train_llama", lambda sp: build.new_llama())
-    monkeypatch.setattr(build, "train_vit", lambda sp: checkpoint.load_weights(world.VISION))
+    monkeypatch.setattr(build, "train_vit", lambda sp: load_weights(world.VISION))
     monkeypatch.setattr(build, "probe", lambda path: {"size": 1.0})
     build.build(tmp_path)
     llama, vision = tmp_path / world.LLAMA.name, tmp_path / world.VISION.name

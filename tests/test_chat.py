@@ -16,7 +16,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, open_chat
 from test_eval_scienceqa import ENVIRONMENT, run, tiny_run  # noqa: F401  (run is a fixture)
 
 import chat
@@ -28,7 +28,7 @@ from vision import open_picture, preprocess
 
 def script(talker, text, *tokens, then=None):
     """Makes the model generate this text, then these tokens, and then raise `then`."""
-    generated = [*talker.encode.sp.encode(text), *tokens]
+    generated = [*talker.sp.encode(text), *tokens]
 
     def generate(*_, **__):
         for token in generated:
@@ -41,8 +41,8 @@ def script(talker, text, *tokens, then=None):
 
 def whole_answer(talker, turns, pixels=None) -> str:
     """The answer to a conversation as one sequence, without a shared system message and without streaming."""
-    sp = talker.encode.sp
-    ids = torch.from_numpy(tokenize(sp, turns, talker.encode.n_patches if pixels is not None else 0)[0])
+    sp = talker.sp
+    ids = torch.from_numpy(tokenize(sp, turns, 16 if pixels is not None else 0)[0])
     pixels = torch.zeros(0, 3, 32, 32, dtype=torch.uint8) if pixels is None else torch.from_numpy(pixels[None])
     [answer] = talker.model.answers(ids, [0, len(ids)], pixels, stop_ids(sp), 20)
     return printable(surface(sp, answer), keep="\n\t").partition(STOP)[0].strip()
@@ -67,7 +67,7 @@ def refused(monkeypatch, *arguments) -> str:
 
 def test_pieces_are_complete_characters_and_never_stop(talker):
     text = " Grüße, 日本 🙂 # two ## C# ok"
-    assert any(talker.encode.sp.is_byte(token) for token in talker.encode.sp.encode(text))
+    assert any(talker.sp.is_byte(token) for token in talker.sp.encode(text))
     script(talker, text + "\n###")
     pieces = list(talker.ask("Hi"))
     assert "".join(pieces) == text.strip() == talker.turns[1] and len(pieces) > 10
@@ -76,10 +76,17 @@ def test_pieces_are_complete_characters_and_never_stop(talker):
 
 @pytest.mark.parametrize("end", [("#", "##"), ("##", "#"), ("#", "#", "#")])
 def test_stop_is_not_shown_however_it_is_spelled(talker, end):
-    sp = talker.encode.sp
+    sp = talker.sp
     ids = [sp.piece_to_id(piece) for piece in end]
     assert sp.unk_id() not in ids
     script(talker, " A cat.\n", *ids, *sp.encode(" Human: more"))
+    assert "".join(talker.ask("Hi")) == "A cat." == talker.turns[1]
+
+
+def test_eos_ends_an_answer(talker, monkeypatch):
+    """So do models end that were trained with the template of Vicuna 1.1."""
+    tokens = iter([*talker.sp.encode(" A cat."), talker.sp.eos_id(), *talker.sp.encode(" USER: more")])
+    monkeypatch.setattr("model.choose", lambda *_: [next(tokens)])
     assert "".join(talker.ask("Hi")) == "A cat." == talker.turns[1]
 
 
@@ -110,7 +117,7 @@ def test_interrupted_answers_join_the_conversation(talker):
 
 def test_an_answer_may_continue_in_another_thread(talker):
     """As in the server of a page: autocast is on for every token, and stays on in no thread."""
-    states, tokens = [], talker.encode.sp.encode(" red blue red blue")
+    states, tokens = [], talker.sp.encode(" red blue red blue")
     talker.autocast = torch.autocast("cpu", torch.bfloat16)
 
     def generate(*_, **__):
@@ -154,8 +161,8 @@ def test_the_picture_and_the_seed_change_the_answer(talker, picture, run):  # no
     assert talker.turns == [] and "".join(talker.ask("Which thing is red?")) != without
 
     def sampled(seed):
-        sampling = chat.Chat(run, torch.device("cpu"), max_new_tokens=20, temperature=1.0, top_p=0.9, seed=seed)
-        return "".join(sampling.ask("Which thing is red?"))
+        chat = open_chat(run, "--temperature", "1", "--top-p", "0.9", "--seed", str(seed))
+        return "".join(chat.ask("Which thing is red?"))
 
     assert sampled(1) == sampled(1) != sampled(2)
 
@@ -163,7 +170,7 @@ def test_the_picture_and_the_seed_change_the_answer(talker, picture, run):  # no
 def test_a_conversation_over_the_trained_length_is_announced(talker, capsys):
     list(talker.ask("Hi"))
     assert capsys.readouterr().err == ""
-    talker.config["settings"]["max_length"] = 20
+    talker.max_length = 20
     list(talker.ask("Hi"))
     assert "longer than those that the model was trained on" in capsys.readouterr().err
 
@@ -171,18 +178,16 @@ def test_a_conversation_over_the_trained_length_is_announced(talker, capsys):
 # --- commands
 
 
-def test_saved_conversations_have_the_format_of_llava(talker, picture, tmp_path, capsys):
+def test_saved_conversations_have_the_format_of_llava(talker, picture, tmp_path):
     for path, name in ((picture, "with.json"), (None, "without.json")):
         talker.look(path)
         with pytest.raises(UserError, match="no turn"):
             chat.obey(talker, f"/save {tmp_path / name}")
         list(talker.ask("Which thing is red?"))
-        chat.obey(talker, f"/save {tmp_path / name}")
         list(talker.ask("And blue?"))
-        chat.obey(talker, f"/save {tmp_path / name}")  # it replaces its own file
+        chat.obey(talker, f"/save {tmp_path / name}")
         [example] = [*Examples([tmp_path / name])]
         assert example.turns == talker.turns and len(example.turns) == 4 and example.image == (path and path.name)
-        assert (f"its picture is in {picture.parent}" in capsys.readouterr().err) == bool(path)
 
 
 def test_save_replaces_no_file_of_anything_else(talker, picture, tmp_path):
@@ -209,12 +214,12 @@ def test_image_and_reset_start_again(talker, picture, capsys):
             chat.obey(talker, f"/image {picture.parent / bad}")
         assert talker.turns and talker.path is None  # the conversation continues
     chat.obey(talker, f'/image "{picture}"')
-    assert talker.path == picture and talker.turns == [] and talker.pixels.shape == (3, 32, 32)
+    assert talker.path == picture and talker.turns == [] and talker.pixels.shape == (1, 3, 32, 32)
     list(talker.ask("Hi"))
     chat.obey(talker, "/reset")
     assert talker.path == picture and talker.turns == []
     chat.obey(talker, "/image")
-    assert talker.path is None and talker.pixels is None
+    assert talker.path is None and len(talker.pixels) == 0
     capsys.readouterr()
     for line in ("/help", "/wrong", "/save"):
         chat.obey(talker, line)
@@ -229,17 +234,10 @@ def test_one_shot_prints_the_answer_alone(monkeypatch, capsys, run, picture, tal
     main(monkeypatch, "--model", run, "--image", picture, "--prompt", "Which thing?", "--max-new-tokens", 20)
     captured = capsys.readouterr()
     talker.look(picture)
-    assert captured.out == "".join(talker.ask("Which thing?")) + "\n" and captured.err == ""
-    settings = dict(max_new_tokens=20, temperature=1.5, top_p=0.9, seed=3)
-    main(
-        monkeypatch,
-        "--model",
-        run,
-        "--prompt",
-        "Which?",
-        *(f"--{k.replace('_', '-')}={v}" for k, v in settings.items()),
-    )
-    assert capsys.readouterr().out == "".join(chat.Chat(run, torch.device("cpu"), **settings).ask("Which?")) + "\n"
+    assert captured.out == "".join(talker.ask("Which thing?")) + "\n"
+    flags = ("--max-new-tokens", "20", "--temperature", "1.5", "--top-p", "0.9", "--seed", "3")
+    main(monkeypatch, "--model", run, "--prompt", "Which?", *flags)
+    assert capsys.readouterr().out == "".join(open_chat(run, *flags).ask("Which?")) + "\n"
 
 
 def test_piped_questions(run, picture, tmp_path, talker):  # noqa: F811
@@ -339,7 +337,7 @@ def test_refusals(monkeypatch, run, picture, tmp_path):  # noqa: F811
     assert "unfinished" in refused(monkeypatch, "--model", tmp_path / "half", *ask)
     for flags in (("--temperature", -1), ("--temperature", "nan"), ("--top-p", 0), ("--top-p", 1.5),
                   ("--max-new-tokens", 0), ("--seed", -1)):  # fmt: skip
-        assert "--temperature and --seed: 0 or more" in refused(monkeypatch, "--model", run, "--prompt", "Hi", *flags)
+        assert f"argument {flags[0]}: {flags[1]} is not a" in refused(monkeypatch, "--model", run, "--prompt", "Hi", *flags)
 
 
 def test_a_run_of_another_template_is_refused(monkeypatch, run, tmp_path):  # noqa: F811
@@ -351,7 +349,11 @@ def test_a_run_of_another_template_is_refused(monkeypatch, run, tmp_path):  # no
     )
 
 
-def test_stage_1_answers_with_a_warning(monkeypatch, capsys, tmp_path):
-    main(monkeypatch, "--model", tiny_run(tmp_path, stage=1), "--prompt", "Hi", "--max-new-tokens", 3)
-    captured = capsys.readouterr()
-    assert "is a run of stage 1" in captured.err and captured.out.endswith("\n")
+def test_a_run_of_another_task_answers_with_a_warning(monkeypatch, capsys, tmp_path, run):  # noqa: F811
+    chatbot = shutil.copytree(run, run.parent / "chat", dirs_exist_ok=True)
+    config = json.loads((run / "config.json").read_text())
+    (chatbot / "config.json").write_text(json.dumps(config | {"settings": {"task": "chat"}}))
+    for path, task in ((tiny_run(tmp_path / "1", stage=1), "captions"), (run, "scienceqa"), (chatbot, None)):
+        main(monkeypatch, "--model", path, "--prompt", "Hi", "--max-new-tokens", 3)
+        captured = capsys.readouterr()
+        assert (f"was trained for {task}" in captured.err if task else captured.err == "") and captured.out.endswith("\n")

@@ -3,12 +3,12 @@
 The model is a tiny random one in a run directory of its own; the published answers are scored too.
 """
 
+import argparse
 import json
 import os
 import re
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +23,7 @@ import checkpoint
 import eval_scienceqa
 from common import UserError
 from conversation import TEMPLATE, stop_ids, surface, tokenize
-from data import SCIENCEQA_PROMPT, Encoder, Example, Pictures, ScienceQA, scienceqa_question
+from data import SCIENCEQA_PROMPT, Encoder, Example, Pictures, read_scienceqa, scienceqa_question
 from eval_scienceqa import ask
 from model import LLaMA, LLaMAConfig, Projection
 from vision import VisionConfig, VisionTransformer
@@ -92,14 +92,13 @@ def quiz(tmp_path_factory):
 
 
 def evaluate(*arguments):
-    """Calls eval_scienceqa.main() with these arguments. It leaves no signal handler and no faster F.linear behind."""
-    handler, argv, linear = signal.getsignal(signal.SIGTERM), sys.argv, torch.nn.functional.linear
+    """Calls eval_scienceqa.main() with these arguments. It leaves no faster F.linear behind."""
+    argv, linear = sys.argv, torch.nn.functional.linear
     sys.argv = ["eval_scienceqa.py", *map(str, arguments)]
     try:
         eval_scienceqa.main()
     finally:
         sys.argv, torch.nn.functional.linear = argv, linear
-        signal.signal(signal.SIGTERM, handler)
 
 
 def refused(*arguments) -> str:
@@ -125,12 +124,13 @@ def alone(run, quiz, tmp_path_factory):
 
 
 @pytest.mark.parametrize("text, index", [
-    ("B", 1), (" B\n", 1), ("B. Blue", 1), ("It is so. The answer is C.", 2),
-    ("Assistant: SOLUTION: so\n The answer is A.", 0),
-    ("", -1), ("b", -1), ("B.", -1), ("Blue", -1), ("The answer is B", -1), ("the answer is B.", -1),
-    ("AB", -1), ("(B)", -1),
-    ("The answer is Blue.", -1), ("The answer is A. The answer is B.", -1), ("The answer is A. The answer is A.", -1),
-    ("D", -1), ("D. Dogs", -1), ("The answer is D.", -1), ("Z. The answer is B.", -1), ("É", -1), ("1", -1),
+    ("B", 1), ("B. Blue", 1), ("It is so. The answer is C.", 2), ("Assistant: SOLUTION: so\n The answer is A.", 0),
+    ("The answer is B, it is", 1), ("The answer is Blue.", 1), ("The answer is A because of B.", 0),
+    ("Z. The answer is B.", 1), ("B The answer is C.", 2), ("A. The answer is B.", 0),
+    ("", -1), ("b", -1), ("B.", -1), ("Blue", -1), ("The answer is B", -1), ("the answer is B.", -1), ("AB", -1),
+    ("(B)", -1), ("B\n", -1), (" B", -1), ("B.\nBlue", -1), ("The answer is B\n", -1),
+    ("The answer is A. The answer is B.", -1), ("The answer is A. The answer is A.", -1),
+    ("D", -1), ("D. The answer is B.", -1), ("The answer is D.", -1), ("É", -1), ("1", -1),
 ])  # fmt: skip
 def test_letter(text, index):
     assert eval_scienceqa.letter(text, 3) == index
@@ -171,8 +171,8 @@ def test_missing_and_unknown_answers_are_counted(quiz, tmp_path, capsys):
     (tmp_path / "given.json").write_text(json.dumps(answers))
     evaluate("--predictions", tmp_path / "given.json", "--data", quiz)
     printed = capsys.readouterr().out
-    assert "22 of 26 right; 4 unparsed" in printed and "2 questions have no answer" in printed
-    assert "2 answers are not to questions of split test" in printed
+    assert "22 of 26 right; 4 unparsed: 2 answers name no offered choice, 2 questions have no answer" in printed
+    assert f"26 answers of {tmp_path / 'given.json'}" in printed
     result = read(tmp_path / "given_scored.json")
     assert [result[k] for k in ("correct", "count", "unparsed")] == [22, 26, 4] and result["acc"] == pytest.approx(
         2200 / 26
@@ -183,6 +183,20 @@ def test_missing_and_unknown_answers_are_counted(quiz, tmp_path, capsys):
     # The file that it wrote can be scored, with the same result.
     evaluate("--predictions", tmp_path / "given_scored.json", "--data", quiz, "--out", tmp_path / "again.json")
     assert read(tmp_path / "again.json") == result
+
+
+def test_the_originals_answers_are_scored(quiz, tmp_path):
+    """JSON lines, also with a BOM, as some editors write."""
+    lines = [json.dumps({"question_id": id, "prompt": "...", "text": f"So. The answer is {letter}.", "answer_id": "x",
+                         "model_id": "m", "metadata": {}}) for id, letter in (("100", "A"), ("101", "A"))]  # fmt: skip
+    for i, bom in enumerate(("", "\ufeff")):
+        (tmp_path / f"given{i}.jsonl").write_text(bom + "\n".join(lines) + "\n")
+        (tmp_path / f"plain{i}.json").write_text(bom + '{"100": "A", "101": "A"}')
+        for name in (f"given{i}.jsonl", f"plain{i}.json"):
+            evaluate("--predictions", tmp_path / name, "--data", quiz, "--split", "two")
+            result = read((tmp_path / name).with_name(f"{name[:6]}_scored.json"))
+            assert result["results"] == {"100": 0, "101": 0} and result["correct"] == 1 and result["unparsed"] == 0
+    assert result["outputs"]["100"] == "A"
 
 
 def test_empty_categories_are_dashes(quiz, tmp_path, capsys):
@@ -222,10 +236,10 @@ def test_the_batch_size_changes_no_answer(alone, run, quiz, tmp_path):
 def test_an_answer_is_that_of_the_full_prompt_alone(alone, run, quiz):
     """System message, picture and question as one sequence, without a shared system message."""
     model, sp, _ = checkpoint.load_run(run)
-    encode, outputs = Encoder(sp, 16, 32, Pictures(quiz)), read(alone)["outputs"]
-    for p in ScienceQA(quiz, "test").records[2:4]:  # without a picture, and with one
+    encoder, outputs = Encoder(sp, 16, 32, Pictures(quiz)), read(alone)["outputs"]
+    for p in read_scienceqa(quiz, "test")[0][2:4]:  # without a picture, and with one
         ids, _ = tokenize(sp, [scienceqa_question(p)], 16 if p["image_path"] else 0)
-        sample = encode(Example(p["id"], [scienceqa_question(p)], p["image_path"]))
+        sample = encoder.encode(Example(p["id"], [scienceqa_question(p)], p["image_path"]))
         pixels = (
             torch.from_numpy(sample.pixels[None]) if p["image_path"] else torch.zeros(0, 3, 32, 32, dtype=torch.uint8)
         )
@@ -237,9 +251,9 @@ def test_the_longest_prompts_come_first(run, quiz, tmp_path, monkeypatch):
     """Then a lack of memory shows at once."""
     asked, original = [], eval_scienceqa.ask
 
-    def record(model, encode, prompts, *arguments):
-        asked.append([len(encode(prompt).ids) for prompt in prompts])
-        return original(model, encode, prompts, *arguments)
+    def record(model, encoder, prompts, *arguments):
+        asked.append([len(encoder.encode(prompt).ids) for prompt in prompts])
+        return original(model, encoder, prompts, *arguments)
 
     monkeypatch.setattr(eval_scienceqa, "ask", record)
     evaluate(
@@ -254,14 +268,15 @@ def test_stop_ends_an_answer_in_whatever_pieces_it_is_spelled(run, quiz):
     model, sp, _ = checkpoint.load_run(run)
     spelled = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in b"red\n###x"]
     model.answers = lambda *a, **k: [spelled]
-    assert ask(model, Encoder(sp, 16, 32, Pictures(quiz)), [Example("1", ["Which?"])]) == ["red"]
+    assert ask(model, Encoder(sp, 16, 32, Pictures(quiz)), [Example("1", ["Which?"])], 12) == ["red"]
 
 
-def test_ask_reports_its_progress(run):
+def test_eos_ends_an_answer(run, monkeypatch):
+    """So do models end that were trained with the template of Vicuna 1.1."""
     model, sp, _ = checkpoint.load_run(run)
-    done, prompts = [], [Example(str(i), ["Which?"]) for i in range(5)]
-    answers = ask(model, Encoder(sp, 16, 32), prompts, max_new_tokens=2, batch_size=2, progress=done.append)
-    assert done == [2, 2, 1] and len(answers) == 5 and len(set(answers)) == 1
+    tokens = iter([*sp.encode(" red"), sp.eos_id(), *sp.encode(" blue")])
+    monkeypatch.setattr("model.choose", lambda logits, *_: [next(tokens)] * len(logits))
+    assert ask(model, Encoder(sp, 16, 32), [Example("1", ["Which?"]), Example("2", ["What?"])], 99) == ["red"] * 2
 
 
 def test_pictures_change_the_answers(alone, run, quiz, tmp_path):
@@ -294,32 +309,43 @@ def test_swapped_pictures_are_those_of_the_next_problem(alone, run, quiz, tmp_pa
     swapped, moved, true = (read(path)["outputs"] for path in (*outs, alone))
     assert swapped == moved and {id for id in true if swapped[id] != true[id]} - set(with_picture) == set()
     assert sum(swapped[id] != true[id] for id in with_picture) > 4
-    assert "leave one out" in refused("--predictions", alone, "--data", quiz, "--swap-pictures")
 
 
 # --- several processes, interruption
 
 
+def interrupted(monkeypatch, flags, error):
+    """Evaluates, and raises the error in place of the second batch."""
+    calls, original = [], eval_scienceqa.ask
+
+    def ask_once(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_scienceqa, "ask", ask_once)
+        with pytest.raises(type(error)):
+            evaluate(*flags)
+
+
 def test_an_interrupted_evaluation_continues_to_the_same_file(alone, run, quiz, tmp_path, capsys, monkeypatch):
-    out = tmp_path / "answers.json"
+    """A line that a kill cut off is dropped, and damages no other; lines of another fingerprint do not count."""
+    out, partial = tmp_path / "answers.json", tmp_path / "answers.json.partial"
     flags = ("--model", run, "--data", quiz, "--batch-size", 8, "--max-new-tokens", 12, "--out", out)
-    for number in (signal.SIGINT, signal.SIGTERM):  # each time in the second batch after the start
-        calls, original = [], eval_scienceqa.ask
-
-        def interrupted(*arguments):
-            if calls:
-                os.kill(os.getpid(), number)
-            calls.append(1)
-            return original(*arguments)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(eval_scienceqa, "ask", interrupted)
-            with pytest.raises(SystemExit) as end:
-                evaluate(*flags)
-        assert end.value.code == 130 and "the same command continues" in capsys.readouterr().out and not out.exists()
+    partial.write_text('["0123456789abcdef", {"125": "of another model"}]\n')
+    interrupted(monkeypatch, flags, KeyboardInterrupt())
+    key, first = json.loads(partial.read_text().splitlines()[-1])
+    assert len(first) == 8 and not out.exists()
+    changed = min(first)
+    first[changed] = "A"
+    partial.write_text(json.dumps([key, first]) + f'\n["{key}", {{"12')
+    interrupted(monkeypatch, flags, KeyboardInterrupt())
+    assert "8 of 26 questions were answered before" in capsys.readouterr().out
     evaluate(*flags)
     assert "16 of 26 questions were answered before" in capsys.readouterr().out
-    assert out.read_bytes() == alone.read_bytes() and not list(tmp_path.glob("*.jsonl"))
+    assert read(out)["outputs"] == read(alone)["outputs"] | {changed: "A"} and not partial.exists()
 
 
 # In each process: evaluates with the first --out. Then evaluates with the second, and is killed after its first batch,
@@ -335,7 +361,7 @@ append_lines = eval_scienceqa.append_lines
 def append_and_die(path, lines):
     append_lines(path, lines)
     if any(lines):
-        while sum("[" in part.read_text() for part in path.parent.glob("*.jsonl")) < 2:
+        while path.read_text().count("[") < 2:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -353,84 +379,37 @@ def test_two_processes_write_the_same_and_one_continues_what_two_began(alone, ru
     out, killed = tmp_path / "answers.json", tmp_path / "killed/answers.json"
     (tmp_path / "twice.py").write_text(TWICE)
     flags = ("--model", run, "--data", quiz, "--max-new-tokens", 12)
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(tmp_path / "twice.py"),
-    ]
-    command = [*torchrun, out, killed, *map(str, flags)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, str(tmp_path / "twice.py"), out, killed, *map(str, flags)]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode != 0 and out.is_file(), done.stderr
     assert out.read_bytes() == alone.read_bytes() and out.with_suffix(".html").is_file()
-    assert done.stdout.count("% right") == 1 and not list(tmp_path.glob("*.jsonl"))
+    assert done.stdout.count("% right") == 1 and not list(tmp_path.glob("*.partial"))
 
-    assert len(list(killed.parent.glob("*.jsonl"))) == 2 and not killed.exists()
+    assert len(list(killed.parent.iterdir())) == 1 and not killed.exists()
     evaluate(*flags, "--batch-size", 4, "--out", killed)
     assert "8 of 26 questions were answered before" in capsys.readouterr().out
-    assert read(killed)["outputs"] == read(alone)["outputs"] and not list(killed.parent.glob("*.jsonl"))
+    assert read(killed)["outputs"] == read(alone)["outputs"] and not list(killed.parent.glob("*.partial"))
 
 
-def test_an_evaluation_uses_the_answers_of_a_killed_one(alone, run, quiz, tmp_path, capsys, monkeypatch):
-    """Those with the same fingerprint. A line that the kill cut off is dropped, and damages no other."""
-    out, original = tmp_path / "answers.json", eval_scienceqa.ask
-    flags = ("--model", run, "--data", quiz, "--batch-size", 8, "--max-new-tokens", 12, "--out", out)
+def test_the_fingerprint_covers_model_questions_and_settings(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    args = argparse.Namespace(model=tmp_path / "run", max_new_tokens=12)
+    prompts = [Example("1", ["<image>\nWhich?"], "a.png"), Example("2", ["What?"])]
+    keys = {eval_scienceqa.fingerprint(args, prompts)}
+    assert eval_scienceqa.fingerprint(args, list(prompts)) in keys
 
-    class Killed(BaseException):
-        pass
-
-    def answer_one_batch():
-        calls = []
-
-        def answer(*arguments):
-            calls.append(1)
-            if len(calls) == 2:
-                raise Killed
-            return original(*arguments)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(eval_scienceqa, "ask", answer)
-            with pytest.raises(Killed):
-                evaluate(*flags)
-
-    answer_one_batch()
-    [part] = tmp_path.glob("*.jsonl")
-    first = [json.loads(line) for line in part.read_text().splitlines() if line]
-    assert len(first) == 8 and not out.exists()
-    part.write_text(part.read_text().replace(json.dumps(first[0]), json.dumps([first[0][0], "A"])) + '["12')
-    part.with_name("answers.0123456789abcdef.part0.jsonl").write_text('["125", "of another model"]\n')
-    answer_one_batch()
-    evaluate(*flags)
-    printed = capsys.readouterr().out
-    assert "8 of 26 questions were answered before" in printed and "16 of 26 questions were answered before" in printed
-    assert read(out)["outputs"] == read(alone)["outputs"] | {first[0][0]: "A"}
-    assert not list(tmp_path.glob("*.jsonl"))
-
-
-def test_the_fingerprint_covers_model_questions_and_settings(run, quiz, tmp_path):
-    class A:
-        model, data, max_new_tokens = tmp_path / "run", quiz, 12
-
-    shutil.copytree(run, A.model)
-    problems = ScienceQA(quiz, "test").records
-    keys = {eval_scienceqa.fingerprint(A, problems)}
-    assert eval_scienceqa.fingerprint(A, problems) in keys
-
-    def assert_new():
-        key = eval_scienceqa.fingerprint(A, problems)
+    def assert_new(prompts):
+        key = eval_scienceqa.fingerprint(args, prompts)
         assert key not in keys
         keys.add(key)
 
-    A.max_new_tokens = 13
-    assert_new()
-    torch.save({"weight": torch.zeros(32, 64)}, A.model / "projector.pth")
-    assert_new()
-    problems[0]["choices"][0] = "green"
-    assert_new()
-    eval_scienceqa.swap_pictures(problems)
-    assert_new()
+    assert_new([prompts[0], Example("2", ["Who?"])])
+    assert_new([Example("1", ["<image>\nWhich?"], "b.png"), prompts[1]])
+    args.max_new_tokens = 13
+    assert_new(prompts)
+    torch.save({"weight": torch.zeros(32, 64)}, args.model / "projector.pth")
+    assert_new(prompts)
 
 
 # --- wrong input
@@ -444,26 +423,30 @@ def test_refusals(run, quiz, tmp_path):
         return refused("--predictions", tmp_path / "given.json", *two)
 
     assert "answer to '100' is 3" in with_predictions('{"100": 3}')
-    assert "answer to '101' is null" in with_predictions('{"outputs": {"101": null}}')
+    (tmp_path / "given.jsonl").write_text('{"question_id": "100", "text": "A"}\n{"question_id": "101"}\n')
+    assert "answer to '101' is None" in refused("--predictions", tmp_path / "given.jsonl", *two)
+    assert "answer to '101' is None" in with_predictions('{"outputs": {"101": null}}')
     assert "JSON list" in with_predictions('["A"]') and "bad JSON in line 1" in with_predictions('{"100": "A"')
     (tmp_path / "given.json").write_text('{"100": "A"}')
     same = ("--predictions", tmp_path / "given.json", "--out", tmp_path / "given.json")
-    assert "the file of --predictions" in refused(*same, "--data", quiz)
+    assert "must name an earlier evaluation" in refused(*same, "--data", quiz)
+    assert "not allowed with argument --predictions" in refused(*same[:2], "--data", quiz, "--swap-pictures")
     assert "cannot be read" in refused("--predictions", tmp_path / "absent.json", *two)
     assert "split 'dev'; it has test, two, empty and 1 more" in refused("--data", quiz, "--split", "dev")
-    assert "names problem '7'" in refused("--data", quiz, "--split", "lost")
+    assert "problem '7' of split 'lost'" in refused("--data", quiz, "--split", "lost")
     assert "split 'empty'" in refused("--data", quiz, "--split", "empty")
-    assert "no such folder" in refused("--data", tmp_path / "nowhere")
+    assert "problems.json" in refused("--model", tmp_path, "--data", tmp_path / "nowhere")
     blocked = refused("--model", run, "--data", quiz, "--out", quiz / "problems.json" / "out.json")
-    assert re.search("problems.json/.*part0.jsonl: could not be written", blocked)
+    assert "problems.json/out.json.partial: could not be written" in blocked
     for flag in ("--batch-size", "--max-new-tokens"):
-        assert "must be 1 or more" in refused(flag, 0)
+        assert f"{flag}: 0 is not a whole number of 1 or more" in refused(flag, 0)
     (tmp_path / "mine.json").write_text('{"a": 1}')
     (tmp_path / "page.html").write_text("mine")
-    for out, named in (("mine.json", "mine.json"), ("page.json", "page.html")):
-        assert f"{named}: exists and is no earlier evaluation" in refused("--model", run, *two[:-1], tmp_path / out)
-    assert "must name the JSON file" in refused("--model", run, *two[:-1], tmp_path / "page.html")
-    assert (tmp_path / "mine.json").read_text() == '{"a": 1}' and (tmp_path / "page.html").read_text() == "mine"
+    for out in ("mine.json", "new.html", "page.json"):
+        assert "must name an earlier evaluation" in refused("--model", run, *two[:-1], tmp_path / out)
+    (tmp_path / "list.json").write_text("[]")
+    assert "list.json: holds a JSON list" in refused("--model", run, *two[:-1], tmp_path / "list.json")
+    assert (tmp_path / "mine.json").read_text() == '{"a": 1}'
     missing = refused("--model", tmp_path / "nowhere", *two)
     assert "train it first: torchrun train.py --stage 2 --task scienceqa --out" in missing
     assert not (tmp_path / "nowhere").exists() and not (tmp_path / "out.json").exists()
@@ -481,7 +464,16 @@ def test_unfit_runs_are_refused(run, quiz, tmp_path):
         shutil.copytree(run, tmp_path / "unfit", dirs_exist_ok=True)
         (tmp_path / "unfit/config.json").write_text(json.dumps(config | change))
         assert reason in refused("--model", tmp_path / "unfit", *two)
-    assert not list(tmp_path.glob("*.jsonl"))
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_run_of_another_task_is_announced(run, quiz, tmp_path, capsys):
+    chatbot = shutil.copytree(run, run.parent / "chat", dirs_exist_ok=True)
+    (chatbot / "config.json").write_text(json.dumps(read(run / "config.json") | {"settings": {"task": "chat"}}))
+    for path in (chatbot, run):
+        evaluate("--model", path, "--data", quiz, "--split", "two", "--max-new-tokens", 1, "--out", tmp_path / "out.json")
+        first, *_ = capsys.readouterr().out.splitlines()
+        assert first.startswith(f"{chatbot} was trained for chat, not for ScienceQA") == (path == chatbot)
 
 
 def test_absent_and_broken_pictures(run, quiz, tmp_path, capsys):
@@ -493,7 +485,7 @@ def test_absent_and_broken_pictures(run, quiz, tmp_path, capsys):
     picture.unlink()
     assert re.search("1 .*pictures are absent", refused(*flags))
     evaluate(*flags, "--missing-pictures-as-text")
-    assert "1 pictures are absent; their problems are asked without one" in capsys.readouterr().out
+    assert "1 pictures absent" in capsys.readouterr().out
     assert read(tmp_path / "out.json")["count"] == 26
 
 
@@ -502,8 +494,6 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys):
         sys, "argv", ["eval_scienceqa.py", "--predictions", str(tmp_path / "absent.json"), "--data", str(tmp_path)]
     )
     monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)  # restores it afterwards
-    handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:  # Python prints a text to stderr and exits with 1
         runpy.run_path(str(ROOT / "eval_scienceqa.py"), run_name="__main__")
-    signal.signal(signal.SIGTERM, handler)
     assert end.value.code.startswith("error: ") and "\n" not in end.value.code and capsys.readouterr().out == ""

@@ -158,10 +158,10 @@ def asked(monkeypatch, held_out):
     """The models that finish() asks, as (W, dtype of the LLaMA, autocast) of each call; three scenes are enough."""
     calls = []
 
-    def spy(model, encode, prompts, *args, **kwargs):
+    def spy(model, encoder, prompts, max_new_tokens):
         dtype = model.llama.output.weight.dtype
         calls.append((model.projector.weight.detach().clone(), dtype, torch.is_autocast_enabled("cpu")))
-        return eval_scienceqa.ask(model, encode, prompts, *args, **kwargs)
+        return eval_scienceqa.ask(model, encoder, prompts, max_new_tokens)
 
     monkeypatch.setattr(exam, "ask", spy)
     monkeypatch.setattr(exam, "read_held_out", lambda folder: held_out[:3])
@@ -192,8 +192,8 @@ def test_a_chat_is_compared_with_the_run_that_it_started_from(asked, tmp_path, c
     torch.save({"weight": model.projector.weight.detach()}, tmp_path / "stage1" / "projector.pth")
     for init_from, seed in ((tmp_path / "stage1", 0), (None, 3)):  # both start from the same W
         asked.clear()
-        a = argparse.Namespace(name="chat", out=tmp_path / "chat", init_from=init_from, seed=seed, max_length=2048)
-        exam.finish(a)
+        args = argparse.Namespace(name="chat", out=tmp_path / "chat", init_from=init_from, seed=seed, max_length=2048)
+        exam.finish(args)
         assert torch.equal(asked[0][0], model.projector.weight) and not asked[1][0].any()
         answers = json.loads((tmp_path / "chat" / "exam.json").read_text())
         assert [len(answers[key]) for key in ("before", "after", "swapped")] == [6] * 3

@@ -15,7 +15,7 @@ from common import UserError
 from conversation import IMAGE, IMAGE_ID, render, stop_ids, surface, system_ids, tokenize
 from data import scienceqa_question
 from demo.world import LLAMA, VISION
-from model import LLaMA, Projection, StreamAttention, positions
+from model import LLaMA, Projection, StreamAttention, position_ids
 from tools import export
 from vision import normalize, open_picture, preprocess
 
@@ -75,13 +75,13 @@ def test_logits_and_greedy_answers_are_the_runs(exported, turns):
     inputs = {"input_ids": torch.where(ids == IMAGE_ID, image_id, ids)[None], "pixel_values": normalize(pixels)}
     assert theirs.config.image_token_id == image_id == processor.image_token_id
     with torch.no_grad():
-        x = model.llama(model.embed(ids, pixels), positions(borders), StreamAttention(borders))
+        x = model.llama(model.embed(ids, pixels), position_ids(borders), StreamAttention(borders))
         expected, logits = model.llama.logits(x), theirs(**inputs).logits[0]
     assert logits.shape[1] == max(rows, image_id + 1)
     assert (logits[:, :rows] - expected).abs().max() < 1e-4
     if rows == image_id:
         assert (logits[:, image_id] == logits[:, sp.unk_id()]).all()  # <image> is never the most likely token
-    answer = model.answers(ids, borders, pixels, [-2], 12)[0]
+    answer = model.answers(ids, borders, pixels, [], 12)[0]
     assert theirs.generation_config.suppress_tokens == [image_id]
     generated = theirs.generate(**inputs, max_new_tokens=12, eos_token_id=-1, stop_strings=None)
     assert generated[0, len(ids) :].tolist() == answer
@@ -124,7 +124,7 @@ def test_the_demos_answers_end_at_stop(tmp_path):
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(images=Image.open(tmp_path / "picture.png"), text=prompt, return_tensors="pt")
     generated = theirs.generate(**inputs, tokenizer=processor.tokenizer)[0, inputs["input_ids"].shape[1] :]
-    assert generated.tolist() == answer + stop_ids(sp)
+    assert generated.tolist() == answer + stop_ids(sp)[0]
     text = processor.decode(generated, skip_special_tokens=True)
     assert text.removesuffix("\n###").strip() == surface(sp, answer).strip()
 
@@ -152,10 +152,10 @@ def test_the_chat_template_writes_what_render_writes():
     turns = ["a ### b", "c", "d\ne" + "".join(f" {'#' * n} x{'#' * n}" for n in range(1, 12))]
     messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), turns)]
     text = jinja([messages], chat_template=export.chat_template(), add_generation_prompt=True)[0][0]
-    assert text == render(turns)[0][0]
+    assert text == render(turns)[1]
     messages = [{"role": "system", "content": "Be kind."}, *messages, {"role": "assistant", "content": "f"}]
     text = jinja([messages], chat_template=export.chat_template())[0][0]
-    assert text == render([*turns, "f"], system="Be kind.")[0][0]
+    assert text == render([*turns, "f"], system="Be kind.")[1]
 
 
 def test_runs_that_cannot_be_exported_are_refused(tmp_path, tiny_tokenizer, monkeypatch):

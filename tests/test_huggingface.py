@@ -1,6 +1,7 @@
 """formats/huggingface.py: files, settings and names of Hugging Face's folders, both directions, against transformers."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from conftest import error, in_transformers, llama_twin, llama_twin_config, llav
 import checkpoint
 from common import UserError
 from formats import huggingface
-from model import LLaMAConfig, StreamAttention, positions
+from model import LLaMAConfig, StreamAttention, position_ids
 
-PATH = "folder/config.json"
+FOLDER = Path("folder")
+PATH = FOLDER / "config.json"
 HEAD_DIM = tiny_llama().config.head_dim
 
 
@@ -72,6 +74,22 @@ def test_incomplete_folders_name_what_is_missing(tmp_path, names, pointers, word
     assert all(word in str(info.value) for word in [str(tmp_path), *words]), info.value
 
 
+def test_what_is_left_of_another_download_does_not_count(tmp_path):
+    """LLaMA and CLIP alike: an index of absent parts, an old index, and Git LFS pointers beside whole files."""
+    for name, twin, load in (("llama", llama_twin(tiny_llama()), checkpoint.load_llama),
+                             ("clip", vit_twin(tiny_vit(-1)), checkpoint.load_vision)):  # fmt: skip
+        folder = tmp_path / name
+        write_folder_of(twin, folder, "safetensors")
+        write_index(folder / BIN_INDEX, ["absent.bin"])
+        write_index(folder / SAFE_INDEX, ["absent.safetensors"])
+        (folder / "pytorch_model.bin").write_bytes(LFS_POINTER)
+        load(folder)
+        folder = tmp_path / f"{name} in parts"
+        write_folder_of(twin, folder, "safetensors index")
+        write_index(folder / BIN_INDEX, ["absent.bin"])
+        load(folder)
+
+
 @pytest.mark.parametrize("place", [["a"], {}, None, 7, "", "a\0b", "a\nb", "../a.bin", "..", "/a", "\ud800"], ids=repr)
 def test_an_index_names_only_files_of_its_folder(tmp_path, place):
     write_index(tmp_path / BIN_INDEX, [place])
@@ -94,6 +112,7 @@ def test_llama_config_of_transformers(n_kv_heads):
     assert huggingface.llama_config(old | {"rope_theta": 100.0, "rope_scaling": None}, PATH) == wanted
     assert huggingface.llama_config(config | {"rope_theta": 10000.0}, PATH) == wanted  # as transformers reads both
     assert huggingface.llama_config(old, PATH) == wanted | {"rope_theta": 10000.0}
+    assert huggingface.llama_config(config | {"rms_norm_eps": None}, PATH) == wanted | {"norm_eps": 1e-6}
 
 
 def test_a_text_config_may_leave_out_what_llama_7b_has():
@@ -205,7 +224,7 @@ def assert_same_logits(model, folder):
     ids = torch.arange(3, 20)
     llama = checkpoint.load_llama(folder)
     with torch.no_grad():
-        x = llama(llama.tok_embeddings(ids), positions([0, len(ids)]), StreamAttention([0, len(ids)]))
+        x = llama(llama.tok_embeddings(ids), position_ids([0, len(ids)]), StreamAttention([0, len(ids)]))
         assert error(llama.logits(x), model(ids[None]).logits[0]) < 1e-5
     return llama
 
@@ -237,14 +256,18 @@ def test_tied_folders_give_the_logits_of_transformers(tmp_path, kind):
 
 
 def test_clip_config_of_transformers():
-    config = vit_twin(tiny_vit()).config
     sizes = {"width": 128, "layers": 3, "image_size": 42, "patch_size": 14}
-    assert huggingface.clip_config(config.to_dict(), PATH) == sizes
-    both = transformers.CLIPConfig(vision_config=config.to_dict()).to_dict()
-    assert huggingface.clip_config(both, PATH) == sizes
-    llava = {"model_type": "llava", "vision_config": config.to_dict()}
-    assert huggingface.clip_config(llava, PATH) == sizes
-    assert huggingface.clip_config({"model_type": "clip", "vision_config": {"image_size": 224}}, PATH) == {"image_size": 224}
+    assert huggingface.clip_config(**sizes).items() <= vit_twin(tiny_vit()).config.to_dict().items()
+    assert huggingface.clip_config(**huggingface.CLIP_BASE).items() <= transformers.CLIPVisionConfig().to_dict().items()
+
+
+@pytest.mark.parametrize("part", ["vision", "clip", "llava"])
+def test_vision_towers(part):
+    vit = tiny_vit(-1)
+    config, vision = vit_twin(vit).config.to_dict(), dict(vit_twin(vit).state_dict())
+    config = {"vision": config, "clip": transformers.CLIPConfig(vision_config=config).to_dict(),
+              "llava": {"model_type": "llava", "vision_config": config}}[part]  # fmt: skip
+    assert same(huggingface.clip_tower(config, vision, FOLDER), dict(vit.named_parameters()))
 
 
 @pytest.mark.parametrize("changes, word", [
@@ -254,15 +277,17 @@ def test_clip_config_of_transformers():
     ({"vision_config": 3}, "vision_config is 3"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"num_attention_heads": 4}, "num_attention_heads is 4, but only 2"),
-    ({"hidden_size": 192}, "num_attention_heads is 2, but only 3"),
+    ({"num_attention_heads": None}, "num_attention_heads is 12, but only 2"),
+    ({"hidden_size": 192}, "hidden_size is 192, but only 128"),
+    ({"patch_size": 16}, "patch_size is 16, but only 14"),
     ({"intermediate_size": 3072}, "intermediate_size is 3072, but only 512"),
     ({"layer_norm_eps": 1e-6}, "layer_norm_eps is 1e-06"),
     ({"image_size": "large"}, "image_size is 'large'"),
 ], ids=lambda value: str(value)[:40])  # fmt: skip
 def test_vision_towers_of_other_makes_are_refused(changes, word):
-    config = vit_twin(tiny_vit()).config.to_dict() | changes
+    twin = vit_twin(tiny_vit())
     with pytest.raises(UserError, match=f"folder/config.json: {word}"):
-        huggingface.clip_config(config, PATH)
+        huggingface.clip_tower(twin.config.to_dict() | changes, twin.state_dict(), FOLDER)
 
 
 def test_clip_names():

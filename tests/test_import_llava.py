@@ -11,7 +11,7 @@ from test_export import make_run
 
 import checkpoint
 from common import UserError
-from model import LLaMA, LLaMAConfig, StreamAttention, positions
+from model import LLaMA, LLaMAConfig, StreamAttention, position_ids
 from tools import export
 from tools.import_llava import import_llava
 from vision import normalize
@@ -99,7 +99,7 @@ def test_a_llava_of_transformers(tmp_path, tiny_tokenizer, names, bias):
     folder = write_llava(tmp_path / "llava", theirs, tiny_tokenizer, weights)
     import_llava(folder, tmp_path / "run")
     folder.rename(tmp_path / "away")  # the run needs nothing of it
-    config, model, _, _ = checkpoint.open_run(tmp_path / "run", CPU, "", stage=2, template="vicuna_v0")
+    model, _, config, _ = checkpoint.open_run(tmp_path / "run", CPU, "", stage=2, template="vicuna_v0")
     assert (model.projector.bias is not None) == bias
     assert config["precision"] == "fp32" and config["feature_layer"] == model.vision.feature_layer == -2
     pixels = torch.randint(0, 256, (1, 3, 42, 42), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -107,7 +107,7 @@ def test_a_llava_of_transformers(tmp_path, tiny_tokenizer, names, bias):
     image_id, borders = theirs.config.image_token_id, [0, len(ids)]
     with torch.no_grad():
         reference = theirs(input_ids=torch.where(ids < 0, image_id, ids)[None], pixel_values=normalize(pixels)).logits[0]
-        x = model.llama(model.embed(ids, pixels), positions(borders), StreamAttention(borders))
+        x = model.llama(model.embed(ids, pixels), position_ids(borders), StreamAttention(borders))
         assert error(model.llama.logits(x), reference) < 1e-5
 
 
@@ -143,20 +143,20 @@ def test_an_export_is_imported_bit_for_bit(tmp_path, tiny_tokenizer, dtype, shar
 def test_a_projector_with_an_activation_is_refused(tmp_path, tiny_tokenizer):
     llama = llama_for(tiny_tokenizer)
     folder = write_llava(tmp_path / "llava", their_llava(llama, act="gelu"), tiny_tokenizer)
-    with pytest.raises(UserError, match="two layers and an activation"):
+    with pytest.raises(UserError, match="LLaVA-1.5 and later"):
         import_llava(folder, tmp_path / "run")
     mlp = {"model.mm_projector.0.weight": W, "model.mm_projector.2.weight": torch.ones(32, 32)}
     folder = write_huggingface(tmp_path / "later", llama, tiny_tokenizer, mlp, model_type="llava_llama")
-    with pytest.raises(UserError, match="two layers and an activation"):
+    with pytest.raises(UserError, match="LLaVA-1.5 and later"):
         import_llava(folder, tmp_path / "run", vision=write_clip(tmp_path / "clip"))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name, tensor, word", [
-    ("linear_2.weight", torch.ones(32, 33), "linear_2.weight is"),
-    ("linear_1.weight", torch.ones(()), "linear_1.weight is"),
-    ("linear_1.bias", torch.ones(1), "linear_1.bias is"),
-    ("linear_2.bias", None, "linear_2.bias is missing"),
+    ("linear_2.weight", torch.ones(32, 33), "linear_2.weight: copying"),
+    ("linear_1.weight", torch.ones(()), "linear_1.weight: copying"),
+    ("linear_1.bias", torch.ones(1), "linear_1.bias: copying"),
+    ("linear_2.bias", None, "Missing key.*linear_2.bias"),
     ("linear_2.weight", torch.ones(32, 32).long(), "int64"),
 ])  # fmt: skip
 def test_projectors_of_transformers_that_do_not_fit(tmp_path, tiny_tokenizer, name, tensor, word):
@@ -171,7 +171,7 @@ def test_a_vision_config_that_the_weights_contradict_is_refused(tmp_path, tiny_t
     folder = write_llava(tmp_path / "llava", their_llava(llama_for(tiny_tokenizer)), tiny_tokenizer)
     vision = json.loads((folder / "config.json").read_text())["vision_config"]
     change_config(folder, vision_config=vision | {"image_size": 224})
-    with pytest.raises(UserError, match="image_size is 224, the weights have 42"):
+    with pytest.raises(UserError, match="image_size is 224, but only 42 is supported"):
         import_llava(folder, tmp_path / "run")
     assert not list(tmp_path.glob("*run*"))  # nor a temporary folder
 
@@ -191,6 +191,18 @@ def test_a_llava_of_the_original_release(tmp_path, tiny_tokenizer, model_type):
         import_llava(folder, tmp_path / "other")
 
 
+def test_a_llava_without_any_setting_of_its_own(tmp_path, tiny_tokenizer):
+    """As in April 2023: only the names of the weights tell that it is one."""
+    llama = llama_for(tiny_tokenizer)
+    folder = write_huggingface(tmp_path / "llava", llama, tiny_tokenizer, {"model.mm_projector.weight": W})
+    with pytest.raises(UserError, match="a finished LLaVA; .*tools.import_llava"):
+        checkpoint.load_llama(folder)
+    import_llava(folder, tmp_path / "run", vision=write_clip(tmp_path / "clip"))
+    model, _, config = checkpoint.load_run(tmp_path / "run")
+    assert same(model.llama, llama) and torch.equal(model.projector.weight, W.float())
+    assert config["feature_layer"] == -1
+
+
 @pytest.mark.parametrize("settings, layer", [
     ({}, -1), ({"mm_vision_select_layer": -2}, -2), ({"mm_vision_select_layer": -3}, -3),
 ])  # fmt: skip
@@ -201,12 +213,13 @@ def test_the_feature_layer_of_the_original_release(tmp_path, tiny_tokenizer, set
 
 
 @pytest.mark.parametrize("settings, word", [
-    ({"mm_vision_select_layer": [-2, -5]}, "feature layer is \\[-2, -5\\]"),
-    ({"mm_vision_select_layer": None}, "feature layer is None"),
+    ({"mm_vision_select_layer": [-2, -5]}, "feature layer \\[-2, -5\\], expected"),
+    ({"mm_vision_select_layer": None}, "feature layer None, expected"),
     ({"mm_vision_select_layer": -5}, "feature layer -5, expected -4 to -1"),
     ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch'"),
     ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy is 'full'"),
     ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'"),
+    ({"image_aspect_ratio": "pad"}, "image_aspect_ratio is 'pad': .*crops"),
     ({"model_type": "llava_mistral"}, "model_type is 'llava_mistral'"),
 ])  # fmt: skip
 def test_other_llavas_are_refused(tmp_path, tiny_tokenizer, settings, word):
@@ -221,10 +234,10 @@ def test_what_the_training_did_otherwise_is_reported(tmp_path, tiny_tokenizer, c
     clip = write_clip(tmp_path / "clip")
     import_llava(folder, tmp_path / "run", vision=clip)
     assert "was trained" not in capsys.readouterr().out
-    change_config(folder, mm_use_im_start_end=True, image_aspect_ratio="pad")
+    change_config(folder, mm_use_im_start_end=True, image_aspect_ratio="square")
     import_llava(folder, tmp_path / "run2", vision=clip)
     printed = capsys.readouterr().out
-    assert "<im_start>" in printed and "image_aspect_ratio: pad" in printed
+    assert "<im_start>" in printed
     assert "vicuna_v0" in printed and f"python chat.py --model {tmp_path / 'run2'} --image PICTURE" in printed
 
 
@@ -303,6 +316,16 @@ def test_deltas_over_a_llama_become_a_llama(tmp_path, tiny_tokenizer, base, kind
     files = {"params.json", "consolidated.00.pth", "tokenizer.model"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
     assert f"train.py --stage 1 --llama {tmp_path / 'out'}" in capsys.readouterr().out
+
+
+def test_the_base_may_lie_as_meta_publishes_it(tmp_path, tiny_tokenizer, base):
+    base, base_llama = base
+    base.rename(tmp_path / "7B")  # with tokenizer.model one folder above
+    (tmp_path / "7B/tokenizer.model").rename(tmp_path / "tokenizer.model")
+    folder = write_huggingface(tmp_path / "vicuna", deltas_over(base_llama, 1)[0], tiny_tokenizer)
+    (folder / "tokenizer.model").unlink()
+    import_llava(folder, tmp_path / "out", tmp_path / "7B")
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == tiny_tokenizer.serialized_model_proto()
 
 
 def test_deltas_of_a_llava_become_a_run(tmp_path, tiny_tokenizer, base):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_checkpoint import NORM, VOCAB, WQ, check_llama, refused, tiny_llama, write_changed, write_raw
+from test_checkpoint import NORM, WQ, check_llama, refused, tiny_llama, write_changed, write_raw
 
 from checkpoint import llama_config, load_llama, save_llama
 from model import LLaMAConfig
@@ -25,7 +25,7 @@ def test_a_gap_between_the_files_is_refused(tmp_path):
     with refused(folder, "consolidated.02.pth"):
         load_llama(folder)
     (folder / "consolidated.02.pth").unlink()
-    with refused(folder, "incomplete", "more"):  # the number of files is recorded nowhere
+    with refused(folder, "incomplete"):  # the number of files is recorded nowhere
         load_llama(folder)
     (folder / "consolidated.00.pth").unlink()
     with refused(folder, "consolidated.00.pth", "none"):
@@ -85,21 +85,30 @@ def test_params_json_gives_ffn_dim_by_the_published_formula(tmp_path, dim, ffn_d
     assert params.keys() <= set(published.split())
 
 
-def test_a_vocab_size_of_minus_1_is_that_of_the_tokenizer(tmp_path, tiny_tokenizer):
-    """That applies to a folder without weights. If there are weights, the rows of the output matrix give the size."""
-    folder = write_raw(tiny_llama(), tmp_path / "raw")
-    assert load_llama(folder).config.vocab_size == VOCAB
-    (folder / "tokenizer.model").write_bytes(tiny_tokenizer.serialized_model_proto())
-    (folder / "consolidated.00.pth").unlink()
-    assert llama_config(folder).vocab_size == tiny_tokenizer.vocab_size()
+def test_a_vocab_size_of_minus_1_is_that_of_llama_1_and_2(tmp_path):
+    assert llama_config(write_raw(tiny_llama(), tmp_path / "raw", vocab_size=-1)).vocab_size == 32000
+
+
+def test_settings_that_may_be_there_or_not(tmp_path):
+    llama = tiny_llama()
+    folder = write_raw(llama, tmp_path / "raw", max_seq_len=2048, max_batch_size=1, model_parallel_size=2,
+                       use_scaled_rope=False)  # fmt: skip
+    check_llama(folder, llama)
+    params = json.loads((folder / "params.json").read_text())
+    assert params.pop("norm_eps") == 1e-5
+    (folder / "params.json").write_text(json.dumps(params))
+    check_llama(folder, llama)
+    del params["multiple_of"]
+    (folder / "params.json").write_text(json.dumps(params))
+    assert llama_config(folder).ffn_dim == 256
 
 
 @pytest.mark.parametrize("changes, word", [
     ({"use_scaled_rope": True}, "use_scaled_rope"),
     ({"dim": -64}, "dim"),
     ({"dim": True}, "dim"),
-    ({"dim": 64}, "(32, 32) torch.float32 instead of (64, 64)"),
-    ({"multiple_of": 256}, "instead of (32, 256)"),
+    ({"dim": 64}, "[32, 32]) from checkpoint, the shape in current model is torch.Size([64, 64])"),
+    ({"multiple_of": 256}, "the shape in current model is torch.Size([256, 32])"),
     ({"multiple_of": 0}, "multiple_of"),
     ({"n_heads": 3, "n_kv_heads": 3}, "3 heads"),
     ({"n_heads": 10**9}, "n_heads"),
@@ -108,7 +117,7 @@ def test_a_vocab_size_of_minus_1_is_that_of_the_tokenizer(tmp_path, tiny_tokeniz
     ({"n_kv_heads": 1}, "wk.weight"),
     ({"n_kv_heads": 3}, "3 groups"),
     ({"norm_eps": "small"}, "norm_eps"),
-    ({"vocab_size": 97}, "(97, 32)"),
+    ({"vocab_size": 97}, "[97, 32]"),
     ({"ffn_dim_multiplier": 0}, "ffn_dim_multiplier"),
 ], ids=lambda value: str(value)[:40])  # fmt: skip
 def test_params_of_another_model_are_refused(tmp_path, changes, word):

@@ -12,7 +12,7 @@ from conftest import (VIT, VOCAB, error, in_transformers, llama_twin, llava_twin
 
 import model
 from conversation import IMAGE_ID
-from model import KVCache, LLaMA, LLaVA, Projection, RMSNorm, StreamAttention, choose, positions, rope_phases, rotate
+from model import KVCache, LLaMA, LLaVA, Projection, RMSNorm, StreamAttention, choose, position_ids, rope_phases, rotate
 from vision import normalize
 
 TOLERANCE = 1e-4  # of relative errors against transformers; float32 gives about 1e-6
@@ -23,7 +23,7 @@ SYSTEMS = pytest.mark.parametrize("system", [[], SYSTEM], ids=["no system messag
 
 def hidden(llama: LLaMA, ids: torch.Tensor, borders: list[int]) -> torch.Tensor:
     """The hidden states (N, dim) of a stream of text."""
-    return llama(llama.tok_embeddings(ids), positions(borders), StreamAttention(borders))
+    return llama(llama.tok_embeddings(ids), position_ids(borders), StreamAttention(borders))
 
 
 def random_ids(n: int) -> torch.Tensor:
@@ -107,7 +107,7 @@ def test_rmsnorm_computes_in_float32():
     ([0, 3, 5], [0, 1, 2, 0, 1]), ([2, 5, 7], [0, 1, 2, 3, 4, 2, 3]), ([6, 7, 10], [0, 1, 2, 3, 4, 5, 6, 6, 7, 8]),
 ])  # fmt: skip
 def test_positions_continue_the_system_message(borders, expected):
-    assert positions(borders).tolist() == expected
+    assert position_ids(borders).tolist() == expected
 
 
 @GQA
@@ -270,7 +270,7 @@ def test_the_last_feed_forward_computes_the_wanted_rows_only():
     assert rows == [len(batch[0]), int(batch[1].sum())]
     rows.clear()
     ids, borders, pixels = prompt_stream(prompts(), SYSTEM)
-    llava.answers(ids, borders, pixels, stop=[-7], max_new_tokens=1)
+    llava.answers(ids, borders, pixels, stop=[], max_new_tokens=1)
     assert rows == [len(ids), 4]
 
 
@@ -352,7 +352,7 @@ def test_a_frozen_llama_in_bf16_trains_W_and_answers():
     llava.llama.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         loss, gradients = loss_and_gradients(llava, batch)
-        answers = llava.answers(*prompt_stream(prompts(), SYSTEM), stop=[-7], max_new_tokens=NEW)
+        answers = llava.answers(*prompt_stream(prompts(), SYSTEM), stop=[], max_new_tokens=NEW)
     W = "projector.weight"
     assert loss.dtype == gradients[W].dtype == torch.float32
     assert error(gradients[W], exact[W]) <= 0.2
@@ -446,7 +446,7 @@ def test_cached_steps_equal_one_pass(n_kv_heads, system, monkeypatch):
     prompts = [(text[:-steps], torch.zeros(len(text) - steps, dtype=torch.bool), torch.zeros(0)) for text in texts]
     ids, _, borders, _ = stream(prompts, system)
     cache, rows = KVCache(borders), [0, 1, 2]
-    states = llama(llama.tok_embeddings(ids), positions(borders), cache.prefill)
+    states = llama(llama.tok_embeddings(ids), position_ids(borders), cache.prefill)
     for state, (start, end) in zip(expected, pairwise(borders)):
         assert error(states[start:end], state[:-steps]) <= 1e-6
     for step in range(steps):
@@ -467,7 +467,7 @@ def test_greedy_answers_equal_transformers(n_kv_heads, monkeypatch):
     monkeypatch.setattr(KVCache, "ROOM", 5)
     llava = tiny_llava(n_kv_heads)
     twin = llava_twin(llava)
-    answers = llava.answers(*prompt_stream(prompts()), stop=[-7], max_new_tokens=NEW)
+    answers = llava.answers(*prompt_stream(prompts()), stop=[], max_new_tokens=NEW)
     assert [len(answer) for answer in answers] == [NEW] * 4 and len({tuple(answer) for answer in answers}) == 4
     for (ids, green, pixels), answer in zip(prompts(), answers):
         given = dict(input_ids=ids.where(ids != IMAGE_ID, VOCAB - 1)[None], attention_mask=torch.ones(1, len(ids)))
@@ -475,7 +475,7 @@ def test_greedy_answers_equal_transformers(n_kv_heads, monkeypatch):
             given["pixel_values"] = normalize(pixels)
         assert answer == twin.generate(**given, max_new_tokens=NEW, do_sample=False)[0, len(ids) :].tolist()
         assert answer == recompute(llava, ids, pixels, NEW)
-        assert [answer] == llava.answers(*prompt_stream([(ids, green, pixels)]), stop=[-7], max_new_tokens=NEW)
+        assert [answer] == llava.answers(*prompt_stream([(ids, green, pixels)]), stop=[], max_new_tokens=NEW)
 
 
 def test_answers_behind_a_system_message_equal_those_with_the_message_written_out(monkeypatch):
@@ -484,12 +484,12 @@ def test_answers_behind_a_system_message_equal_those_with_the_message_written_ou
     expected = recompute_all(llava, written_out(prompts()))
     assert expected != recompute_all(llava, prompts())
     batch = prompt_stream(prompts(), SYSTEM)
-    assert llava.answers(*batch, stop=[-7], max_new_tokens=NEW) == expected
+    assert llava.answers(*batch, stop=[], max_new_tokens=NEW) == expected
     stop = expected[2][4:6]
     expected = [before_stop(answer, stop) for answer in expected]
-    assert llava.answers(*batch, stop=stop, max_new_tokens=NEW) == expected
+    assert llava.answers(*batch, stop=[stop], max_new_tokens=NEW) == expected
     for prompt, answer in zip(prompts(), expected):
-        assert llava.answers(*prompt_stream([prompt], SYSTEM), stop=stop, max_new_tokens=NEW) == [answer]
+        assert llava.answers(*prompt_stream([prompt], SYSTEM), stop=[stop], max_new_tokens=NEW) == [answer]
 
 
 @pytest.mark.parametrize("length", [1, 2])
@@ -500,17 +500,26 @@ def test_each_answer_ends_at_its_own_stop(length):
     seen = set()
     for stop in {tuple(answer[i : i + length]) for answer in answers for i in range(NEW - length + 1)}:
         expected = [before_stop(answer, list(stop)) for answer in answers]
-        assert llava.answers(*prompt_stream(prompts()), stop=list(stop), max_new_tokens=NEW) == expected
+        assert llava.answers(*prompt_stream(prompts()), stop=[list(stop)], max_new_tokens=NEW) == expected
         seen.add(tuple(len(answer) for answer in expected))
     assert any(len(set(lengths) - {NEW}) == 2 for lengths in seen) or length == 2, "two must end at different steps"
     assert any(set(lengths) > {NEW} for lengths in seen), "some must end before others"
+
+
+def test_any_of_several_sequences_ends_an_answer():
+    llava = tiny_llava()
+    answers = recompute_all(llava, prompts())
+    stop = [answers[0][2:4], answers[1][4:5], [-1]]
+    expected = [min((before_stop(answer, tokens) for tokens in stop), key=len) for answer in answers]
+    assert [len(answer) for answer in expected[:2]] != [NEW, NEW]
+    assert llava.answers(*prompt_stream(prompts()), stop=stop, max_new_tokens=NEW) == expected
 
 
 def test_steps_yield_the_tokens_of_the_stop_and_only_rows_that_continue():
     llava = tiny_llava()
     answers = recompute_all(llava, prompts())
     stop = answers[1][3:5]
-    steps = list(llava.generate(*prompt_stream(prompts()), stop=stop, max_new_tokens=NEW))
+    steps = list(llava.generate(*prompt_stream(prompts()), stop=[stop], max_new_tokens=NEW))
     for i, answer in enumerate(answers):
         yielded = answer[: len(before_stop(answer, stop)) + len(stop)]
         assert [step[i] for step in steps if i in step] == yielded
@@ -519,19 +528,19 @@ def test_steps_yield_the_tokens_of_the_stop_and_only_rows_that_continue():
 
 def test_sampled_answers_depend_on_the_seed_and_not_on_the_neighbours():
     llava = tiny_llava()
-    settings = dict(stop=[-7], max_new_tokens=NEW, temperature=1.5, top_p=0.9)
+    settings = dict(stop=[], max_new_tokens=NEW, temperature=1.5, top_p=0.9)
     answers = llava.answers(*prompt_stream(prompts()), seed=3, **settings)
     assert answers == llava.answers(*prompt_stream(prompts()), seed=3, **settings)
     assert answers != llava.answers(*prompt_stream(prompts()), seed=30, **settings)
     assert answers[:2] == llava.answers(*prompt_stream(prompts()[:2]), seed=3, **settings)
-    settings["stop"] = answers[0][2:3]  # ends the first answer early: the others keep their own generators
-    expected = [before_stop(answer, settings["stop"]) for answer in answers]
+    settings["stop"] = [answers[0][2:3]]  # ends the first answer early: the others keep their own generators
+    expected = [before_stop(answer, settings["stop"][0]) for answer in answers]
     assert llava.answers(*prompt_stream(prompts()), seed=3, **settings) == expected
 
 
 def test_equal_prompts_have_generators_of_their_own():
     llava, (first, second, *_) = tiny_llava(), prompts()
-    settings = dict(stop=[-7], max_new_tokens=NEW, temperature=1.0, seed=3)
+    settings = dict(stop=[], max_new_tokens=NEW, temperature=1.0, seed=3)
     answers = llava.answers(*prompt_stream([first] * 3), **settings)
     assert len({tuple(answer) for answer in answers}) == 3
     beside = llava.answers(*prompt_stream([second, first]), **settings)
@@ -550,7 +559,7 @@ def test_a_step_waits_for_the_device_once_at_most(monkeypatch):
     counts = []
     for steps in (5, 9):
         calls.clear()
-        tiny_llava().answers(*prompt_stream(prompts()), stop=[-7], max_new_tokens=steps)
+        tiny_llava().answers(*prompt_stream(prompts()), stop=[], max_new_tokens=steps)
         counts.append(len(calls))
     assert counts[1] - counts[0] <= 4
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import eval_scienceqa
 from conversation import SYSTEM
-from data import ScienceQA
+from data import read_scienceqa
 from tools import pages
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -186,7 +186,7 @@ def quiz(tmp_path_factory):
 def scored(quiz, tmp_path_factory):
     """A page with right, wrong, unparsed, hostile and absent answers: its path, and the result of each question."""
     path = tmp_path_factory.mktemp("page") / "page.html"
-    problems = ScienceQA(quiz, "test").records
+    problems, _ = read_scienceqa(quiz, "test")
     outputs = {str(100 + i): ["The answer is A.", "The answer is B.", HOSTILE][i % 3] for i in range(25)}
     result = eval_scienceqa.score(problems, outputs)
     about = f"answers of <b> & {HOSTILE}"
@@ -224,7 +224,7 @@ def test_evaluation_marks_pictures_that_are_missing_or_damaged(quiz, tmp_path):
     shutil.copytree(quiz, tmp_path / "quiz")
     (tmp_path / "quiz/images/test/100/image.png").write_bytes(b"x")
     (tmp_path / "quiz/images/test/103/image.png").unlink()
-    problems = ScienceQA(tmp_path / "quiz", "test", "text").records
+    problems, _ = read_scienceqa(tmp_path / "quiz", "test", "text")
     page = pages.evaluation_page("", "", tmp_path / "quiz", problems, eval_scienceqa.score(problems, {}))
     questions = json.loads(data_of(page))["questions"]
     assert [q["id"] for q in questions if q["missing"]] == ["100", "103"]

@@ -8,7 +8,7 @@ import torch
 
 from checkpoint import build, llama_config
 from common import UserError
-from model import LLaMA, LLaMAConfig, StreamAttention, positions
+from model import LLaMA, LLaMAConfig, StreamAttention, position_ids
 from tools import plan
 from vision import VisionConfig, VisionTransformer
 
@@ -52,7 +52,7 @@ def test_activations_are_those_that_autograd_saves(stage, precision, checkpoint_
     x = torch.randn(N, SMALL.dim, dtype=llama.norm.weight.dtype, requires_grad=True)
     borders = [0, N]  # of more samples the CPU's attention would save copies, the kernel for GPUs does not
     with torch.autograd.graph.saved_tensors_hooks(record, lambda t: t), torch.autocast("cpu", torch.bfloat16, bf16):
-        llama(x, positions(borders), StreamAttention(borders))
+        llama(x, position_ids(borders), StreamAttention(borders))
     per_position = sum(t.untyped_storage().nbytes() for t in saved.values()) / N / SMALL.n_layers
     if checkpoint_activations:
         assert per_position == pytest.approx(SMALL.dim * (2 if stage == 1 and bf16 else 4), rel=0.05)

@@ -15,7 +15,7 @@ from test_eval_scienceqa import run  # noqa: F401  (a fixture)
 import checkpoint
 from common import UserError
 from conversation import IMAGE, IMAGE_ID, tokenize
-from model import StreamAttention, positions
+from model import StreamAttention, position_ids
 from tools import plots
 from vision import normalize
 
@@ -104,7 +104,7 @@ def test_a_word_looks_from_the_position_that_predicts_it(run, monkeypatch):  # n
     assert ids[: len(prompt)].tolist() == prompt.tolist() and len(answer) == 12
     borders = [0, len(ids)]
     with torch.no_grad():
-        hidden = model.llama(model.embed(ids, pixels), positions(borders), StreamAttention(borders))
+        hidden = model.llama(model.embed(ids, pixels), position_ids(borders), StreamAttention(borders))
         predicted = model.llama.logits(hidden).argmax(-1)
     expected = words_of_two_pieces(sp, answer)
     assert [word for word, _ in words] == [word for word, _ in expected] and len(words) == len(rows) == 6

@@ -166,11 +166,11 @@ def test_training_reads_the_output(tmp_path, kind, tiny_tokenizer):
     source = files(tmp_path / "files") if kind == "files" else tars(tmp_path / "tars")
     prepare(source, tmp_path / "out")
     examples = data.Examples([tmp_path / "out" / "chat.json"])
-    assert examples.parts[0].kind == "LLaVA conversations" and len(examples) == 48
+    assert examples.kinds == ["LLaVA conversations"] and len(examples) == 48
     pictures = data.Pictures(source if kind == "files" else tmp_path / "out" / "images.zip")
-    encode = data.Encoder(tiny_tokenizer, 4, 28, pictures, 512)
+    encoder = data.Encoder(tiny_tokenizer, 4, 28, pictures, 512)
     for i in (0, 47):
-        sample = encode(examples[i])
+        sample = encoder.encode(examples[i])
         assert sample.pixels.shape == (3, 28, 28) and sample.green.any()
         assert pictures.read(examples[i].image) == picture(i)
         assert system_ids(tiny_tokenizer) + sample.ids.tolist() == tokenize(tiny_tokenizer, examples[i].turns, 4)[0].tolist()
@@ -307,7 +307,7 @@ def test_inputs_without_usable_captions(tmp_path):
     for name, message in {"nothing": "cannot be read", "empty": "expected the output of img2dataset",
                           "empty.tsv": "no noun phrase in its 0 captions", "words.tsv": "no noun phrase in its 1",
                           "rare.tsv": "lower --at-least", "chat.json": "holds LLaVA conversations",
-                          "out.json": "leads out of the picture folder"}.items():  # fmt: skip
+                          "out.json": "not a path inside the picture folder"}.items():  # fmt: skip
         with pytest.raises(UserError, match=message):
             prepare(tmp_path / name, tmp_path / "new")
     with pytest.raises(UserError, match="--at-most 0: must be 1 or more"):

@@ -152,7 +152,7 @@ def test_a_folder_that_cannot_be_written_ends_in_one_line(small, tmp_path):
 
 def test_the_quiz_is_scienceqa_in_all_its_categories(folder):
     for split, count in SMALL["QUIZ"].items():
-        problems = data.ScienceQA(folder / "scienceqa", split).records
+        problems = data.read_scienceqa(folder / "scienceqa", split)[0]
         assert len(problems) == count
         if count < 100:
             continue

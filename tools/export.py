@@ -10,8 +10,8 @@ the greedy answers of the run. Three parts have another form there:
     tokenizer    `tokenizers` applies merges in the order of a list, SentencePiece by the scores of the pieces
 """
 
-import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from common import HelpFormatter, UserError, replacing, run_command, write_error, write_json
+from common import ArgumentParser, UserError, replacing, run_command, write_error, write_json
 from conversation import IMAGE, STOP, SYSTEM, TEMPLATE, stop_ids
 from formats import huggingface
 from model import LLaMA, LLaVA
@@ -203,9 +203,8 @@ def model_config(model: LLaVA, vision: VisionTransformer, sp, image_id: int) -> 
         "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
         "max_position_embeddings": 2048, "torch_dtype": dtype,
     }  # fmt: skip
-    clip = {name: getattr(v, field) for name, field in huggingface.CLIP_FIELDS.items()} | {
-        "model_type": "clip_vision_model", "intermediate_size": 4 * v.width, "num_attention_heads": v.heads,
-        "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": v.width, "torch_dtype": dtype,
+    clip = huggingface.clip_config(**dataclasses.asdict(v)) | {
+        "model_type": "clip_vision_model", "projection_dim": v.width, "torch_dtype": dtype,
     }  # fmt: skip
     return {
         "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "text_config": text,
@@ -218,7 +217,7 @@ def model_config(model: LLaVA, vision: VisionTransformer, sp, image_id: int) -> 
 
 def generation_config(sp, image_id: int) -> dict:
     """How `generate` ends: at a token, or, where <STOP> is several tokens, at a string (which needs `tokenizer=`)."""
-    stop = stop_ids(sp)
+    stop = stop_ids(sp)[0]
     ends = {"eos_token_id": [sp.eos_id(), *stop]} if len(stop) == 1 else {"stop_strings": [f"\n{STOP}"]}
     return special_ids(sp) | ends | {"do_sample": False, "max_new_tokens": 512, "suppress_tokens": [image_id]}
 
@@ -324,11 +323,11 @@ def start_with(bos: str, bos_id: int) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("run", metavar="RUN", help="a finished run of train.py, of either stage")
     parser.add_argument("folder", metavar="FOLDER", help="the folder to write")
-    a = parser.parse_args()
-    export(a.run, a.folder)
+    args = parser.parse_args()
+    export(args.run, args.folder)
 
 
 if __name__ == "__main__":

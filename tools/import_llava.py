@@ -8,24 +8,23 @@ A run directory is for chat.py, eval_scienceqa.py and train.py --init-from, a ra
 LLAVA is a folder of the original release or of transformers, or, with --projector and --vision, a LLaMA's folder.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
 import checkpoint
-from common import HelpFormatter, UserError, read_json, replacing, run_command
+from common import ArgumentParser, UserError, read_json, replacing, run_command
 from conversation import TEMPLATE
 from data import SCIENCEQA_PROMPT
 from formats import huggingface
+from formats.openai import vision_sizes
 from model import LLaMA, Projection
 from tools.export import new_folder
-from vision import FEATURE_LAYER, PREPROCESSING, VisionTransformer
+from vision import FEATURE_LAYER, PREPROCESSING, VisionConfig, VisionTransformer
 
 ORIGINAL_LAYER = -1  # feature layer of an original config.json without mm_vision_select_layer
 TRANSFORMERS_LAYER = -2  # feature layer of a transformers config.json without vision_feature_layer
-DELTA_NORM = 0.1  # the weights of the last norm have a mean of about 1 or more in a LLaMA, and near 0 in deltas
 
 
 def import_llava(llava: str | Path, target: str | Path, base: str | Path | None = None,
@@ -38,7 +37,7 @@ def import_llava(llava: str | Path, target: str | Path, base: str | Path | None 
         raise UserError(f"{folder}: is a run directory already; use it: python chat.py --model {folder}")
     raw = (folder / "params.json").is_file()
     config = {} if raw else read_json(folder / "config.json", dict)
-    parts = {} if raw else huggingface.llava_parts(checkpoint.load_folder(folder), folder)
+    parts = {} if raw else huggingface.llava_parts(huggingface.load_folder(folder), folder)
     is_llava = huggingface.is_llava(config) or bool(parts.get("projector"))
     only_llama = not is_llava and not projector and not vision and base is not None
     if not only_llama and not projector and not parts.get("projector"):
@@ -50,9 +49,9 @@ def import_llava(llava: str | Path, target: str | Path, base: str | Path | None 
     report_preprocessing(config, folder / "config.json")
 
     llama = load_raw(folder, base) if raw else load_huggingface(folder, config, parts["llama"], base)
-    tokenizer = folder / "tokenizer.model"
+    tokenizer = checkpoint.tokenizer_path(folder)
     if base and not tokenizer.is_file():  # some deltas come without one
-        tokenizer = Path(base) / "tokenizer.model"
+        tokenizer = checkpoint.tokenizer_path(base)
     checkpoint.open_tokenizer(tokenizer, llama.config)
     with new_folder(target) as new:
         if only_llama:
@@ -81,8 +80,6 @@ def feature_layer(config: dict, is_llava: bool, path: Path) -> int:
         layer = config.get("vision_feature_layer", TRANSFORMERS_LAYER)
     elif is_llava:
         layer = config.get("mm_vision_select_layer", ORIGINAL_LAYER)
-    if type(layer) is not int:
-        raise UserError(f"{path}: the feature layer is {layer!r:.80}, but only one integer is supported")
     huggingface.require(
         path,
         vision_feature_select_strategy=(config.get("vision_feature_select_strategy", "default"), "default"),
@@ -92,15 +89,12 @@ def feature_layer(config: dict, is_llava: bool, path: Path) -> int:
 
 
 def report_preprocessing(config: dict, path: Path):
-    """Prints how the model's training differed from this program. Raises UserError if it cut pictures into tiles."""
+    """Prints how the model's prompts differed from this program's. Raises UserError if its pictures did."""
     if config.get("mm_use_im_start_end"):
         print(f"{path}: the model was trained with <im_start> and <im_end> around the picture; prompts here have none")
-    shape = config.get("image_aspect_ratio") or "square"
-    if shape == "pad":
-        print(f"{path}: the model was trained on pictures padded to a square (image_aspect_ratio: pad); this program "
-              "crops them")  # fmt: skip
-    else:
-        huggingface.require(path, image_aspect_ratio=(shape, "square"))
+    if (shape := config.get("image_aspect_ratio") or "square") != "square":
+        raise UserError(f"{path}: image_aspect_ratio is {shape!r:.80}: the model was trained on whole pictures, padded "
+                        "or in tiles, but this program crops them to a square; take another LLaVA")  # fmt: skip
 
 
 # --- the LLaMA
@@ -118,8 +112,8 @@ def load_huggingface(folder: Path, config: dict, weights: dict, base: str | Path
     weights = huggingface.llama_to_raw(weights, c.head_dim, folder, huggingface.is_tied(config))
     with torch.device("meta"):
         llama = LLaMA(c)
+    is_delta = huggingface.is_delta(weights)
     llama = checkpoint.assign(llama, weights, folder, None)
-    is_delta = llama.norm.weight.float().abs().mean() < DELTA_NORM
     if is_delta and not base:
         raise UserError(f"{folder}: holds deltas over another LLaMA (its last norm is near 0); give that LLaMA by "
                         "--llama-base")  # fmt: skip
@@ -155,15 +149,7 @@ def projector_of(weights: dict, config: dict, folder: Path) -> Projection:
     """W in float32, of one linear layer, or of transformers' two layers without an activation between them."""
     if "linear_1.weight" in weights and config.get("projector_hidden_act") == "linear":
         weights = merged(weights, folder)
-    if "weight" not in weights:
-        raise UserError(f"{folder}: its projector has two layers and an activation (LLaVA-1.5 and later), but W is one "
-                        "matrix; use LLaVA's first version")  # fmt: skip
-    if weights["weight"].dim() != 2:
-        raise UserError(f"{folder}: the projector's weight is {tuple(weights['weight'].shape)}, expected a matrix")
-    dim, vision_dim = weights["weight"].shape
-    with torch.device("meta"):
-        projector = Projection(vision_dim, dim, bias="bias" in weights)
-    return checkpoint.assign(projector, weights, folder, torch.float32)
+    return checkpoint.projector_of(weights, folder)
 
 
 @torch.no_grad()
@@ -185,15 +171,9 @@ def merged(weights: dict, folder: Path) -> dict[str, torch.Tensor]:
 
 def write_vision(weights: dict, config: dict, folder: Path, new: Path) -> Path:
     """Writes the ViT of a transformers LLaVA, with all of its blocks, to vision.pth, under OpenAI's names."""
-    path = folder / "config.json"
-    given = huggingface.clip_config(config, path)
-    weights = huggingface.clip_to_openai(weights, folder)
-    sizes = checkpoint.vision_config(weights, folder)
-    for name, value in given.items():
-        if value != getattr(sizes, name):
-            raise UserError(f"{path}: {name} is {value}, the weights have {getattr(sizes, name)}; download both again")
+    weights = huggingface.clip_tower(config, weights, folder)
     with torch.device("meta"):
-        vision = VisionTransformer(sizes, -1)
+        vision = VisionTransformer(VisionConfig(**vision_sizes(weights, folder)), -1)
     checkpoint.assign(vision, weights, folder, None)
     with replacing(new / "vision.pth") as file:
         torch.save({f"visual.{name}": p.detach() for name, p in vision.named_parameters()}, file)
@@ -224,14 +204,14 @@ def write_run(llama: LLaMA, W: Projection, layer: int, vision: str | Path, token
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("llava", metavar="LLAVA", help="the folder to read")
     parser.add_argument("target", metavar="RUN", help="the directory to write")
     parser.add_argument("--llama-base", metavar="DIR", help="the LLaMA that LLAVA holds deltas over")
     parser.add_argument("--vision", metavar="PATH", help="ViT-L-14.pt or its Hugging Face folder (default: LLAVA's)")
     parser.add_argument("--projector", metavar="FILE", help="mm_projector.bin or projector.pth (default: LLAVA's)")
-    a = parser.parse_args()
-    import_llava(a.llava, a.target, a.llama_base, a.vision, a.projector)
+    args = parser.parse_args()
+    import_llava(args.llava, args.target, args.llama_base, args.vision, args.projector)
 
 
 if __name__ == "__main__":

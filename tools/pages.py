@@ -20,8 +20,8 @@ from PIL import Image
 from sentencepiece import SentencePieceProcessor
 
 import data
-from common import HelpFormatter, UserError, printable, replacing, run_command
-from conversation import stretches, summary, tokenize
+from common import ArgumentParser, UserError, printable, replacing, run_command
+from conversation import load_tokenizer, stretches, summary, tokenize
 from demo import world
 from vision import open_picture
 
@@ -78,7 +78,7 @@ def picture_link(path: Path) -> str | None:
 def evaluation_page(title: str, about: str, folder: Path, problems: list[dict], result: dict) -> str:
     """The page of an evaluation: the table of scores, and every question with its picture and the model's answer.
 
-    folder: ScienceQA's, which holds the pictures. problems: as in `data.ScienceQA.records`. result: as
+    folder: ScienceQA's, which holds the pictures. problems: as `data.read_scienceqa` returns them. result: as
     `eval_scienceqa.score` returns it.
 
     The page holds all text as JSON, which its script inserts as text, never as HTML.
@@ -149,15 +149,34 @@ def samples_page(sp: SentencePieceProcessor, examples: list[data.Example], n_pat
     return page
 
 
-def open_pictures(a: argparse.Namespace) -> data.Pictures | None:
+def open_pictures(args: argparse.Namespace) -> data.Pictures | None:
     """The pictures of --data: those of --images, the demo's or a ScienceQA folder's; None if no flag names them."""
-    if a.images:
-        return data.Pictures(a.images)
-    if not a.data:
+    if args.images:
+        return data.Pictures(args.images)
+    if not args.data:
         return data.Pictures(world.FOLDER / "images")
-    if Path(a.data[0]).is_dir():
-        return data.Pictures(a.data[0])
+    if Path(args.data[0]).is_dir():
+        return data.Pictures(args.data[0])
     return None
+
+
+def open_samples(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, SentencePieceProcessor, data.Examples]:
+    """Adds the flags that name the data and the tokenizer, parses the command line, and opens both."""
+    add = parser.add_argument
+    add("--data", nargs="+", metavar="PATH", help="LLaVA JSON, captions, or a ScienceQA folder (default: the demo's "
+        "captions)")  # fmt: skip
+    add("--split", default="train", help="of a ScienceQA folder: a name in its pid_splits.json")
+    add("--tokenizer", metavar="FILE", help="tokenizer.model of a LLaMA (default: the demo's)")
+    add("--patches", type=int, help="positions of a picture (default: the demo's; 256 with --tokenizer)")
+    args = parser.parse_args()
+    if args.patches is None:
+        args.patches = 256 if args.tokenizer else world.N_PATCHES
+    if not 1 <= args.patches <= 10_000:
+        raise UserError(f"--patches {args.patches}: a picture takes 1 to 10000 positions")
+    sp = load_tokenizer(args.tokenizer or world.LLAMA / "tokenizer.model")
+    if not args.data:
+        world.prepare()
+    return args, sp, data.Examples(args.data or [world.FOLDER / "captions.json"], split=args.split, absent="keep")
 
 
 def index_range(text: str) -> range:
@@ -173,26 +192,24 @@ def index_range(text: str) -> range:
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m tools.pages", description=__doc__, formatter_class=HelpFormatter)
-    data.add_data_arguments(parser)
+    parser = ArgumentParser(__doc__, prog="python -m tools.pages")
     add = parser.add_argument
     add("--images", metavar="PATH", help="folder or zip that the data's picture paths are relative to")
     add("--index", type=index_range, nargs="+", metavar="I", help="which samples, from 0: numbers, and ranges such as "
         "3-5 (default: 0)")  # fmt: skip
     add("--out", type=Path, metavar="FILE", required=True, help="the HTML file to write")
-    a = parser.parse_args()
-    if a.out.suffix not in (".html", ".htm"):
-        raise UserError(f"--out {a.out}: must name a file that ends in .html")
-    sp, examples, n_patches = data.open_for_display(a)
-    ranges = a.index or [range(1)]
+    args, sp, examples = open_samples(parser)
+    if args.out.suffix not in (".html", ".htm"):
+        raise UserError(f"--out {args.out}: must name a file that ends in .html")
+    ranges = args.index or [range(1)]
     last = max(part[-1] for part in ranges)
     if last >= len(examples):
         raise UserError(f"--index {last}: the data has samples 0 to {len(examples) - 1}")
     chosen = [examples[i] for part in ranges for i in part]
-    page = samples_page(sp, chosen, n_patches, open_pictures(a))
-    with replacing(a.out) as file:
+    page = samples_page(sp, chosen, args.patches, open_pictures(args))
+    with replacing(args.out) as file:
         file.write(page.encode(errors="replace"))  # JSON can spell a lone surrogate, which UTF-8 cannot
-    print(f"{a.out} is written")
+    print(f"{args.out} is written")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@ the activations that the backward pass needs. It does not count the activations 
 LLaMA runs. RESERVE covers what CUDA itself allocates.
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
 import checkpoint
-from common import HelpFormatter, UserError, run_command
+from common import ArgumentParser, UserError, run_command
 from demo.world import LLAMA, VISION
 from model import LLaMAConfig
 from vision import FEATURE_LAYER, VisionConfig
@@ -148,7 +147,7 @@ def table(llama: LLaMAConfig, vision: VisionConfig, stages: list[int], gpus: int
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m tools.plan", description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(__doc__, prog="python -m tools.plan")
     add = parser.add_argument
     add("--llama", type=Path, metavar="DIR", help="has params.json or config.json (default: the demo's LLaMA)")
     add("--vision", type=Path, metavar="PATH", help="a CLIP ViT (default: ViT-L/14 at 224 pixels; without --llama the "
@@ -158,19 +157,18 @@ def main():
     add("--gpu-memory", type=int, default=80, metavar="GIB", help="memory of one GPU")
     add("--precision", choices=("bf16", "fp32"), default="bf16", help="of the matrix products")
     add("--micro-batch-tokens", type=int, default=4096, help="positions of a micro-batch")
-    a = parser.parse_args()
+    args = parser.parse_args()
     for name in ("gpus", "gpu_memory", "micro_batch_tokens"):
-        if getattr(a, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be 1 or more")
-    vision_path = a.vision
-    if vision_path is None and a.llama is None:
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    vision_path = args.vision
+    if vision_path is None and args.llama is None:
         vision_path = VISION
-    folder = a.llama or LLAMA
-    has_tokenizer = (folder / "tokenizer.model").is_file()
-    llama = checkpoint.llama_config(folder, None if has_tokenizer else LLaMAConfig.vocab_size)
+    folder = args.llama or LLAMA
+    llama = checkpoint.llama_config(folder)
     vision = checkpoint.load_vision(vision_path).config if vision_path else VIT_L
-    stages = [a.stage] if a.stage else [1, 2]
-    print(table(llama, vision, stages, a.gpus, a.gpu_memory, a.precision, a.micro_batch_tokens))
+    stages = [args.stage] if args.stage else [1, 2]
+    print(table(llama, vision, stages, args.gpus, args.gpu_memory, args.precision, args.micro_batch_tokens))
 
 
 if __name__ == "__main__":

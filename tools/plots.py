@@ -22,11 +22,11 @@ import torch
 
 import checkpoint
 from chat import TRAINED_BY
-from common import HelpFormatter, UserError, printable, read_json, reason, replacing, run_command, write_error
+from common import ArgumentParser, UserError, printable, read_json, reason, replacing, run_command, write_error
 from conversation import IMAGE, IMAGE_ID, STOP, TEMPLATE, stop_ids, surface, tokenize
 from data import REQUESTS, read_pixels
 from demo import world
-from model import LLaVA, StreamAttention, positions
+from model import LLaVA, StreamAttention, position_ids
 
 METRICS = ("step", "loss", "lr", "grad_norm", "tokens", "seconds")  # every complete line of metrics.jsonl has these
 CURVES = {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm before clipping", "speed": "tokens/s"}
@@ -148,7 +148,7 @@ def attention_weights(model: LLaVA, ids: torch.Tensor, pixels: torch.Tensor, row
     ids (N,) and pixels as in `LLaVA.embed`.
     """
     attend = WatchedAttention(len(ids), rows)
-    model.llama(model.embed(ids, pixels), positions([0, len(ids)], ids.device), attend)
+    model.llama(model.embed(ids, pixels), position_ids([0, len(ids)], ids.device), attend)
     return torch.stack(attend.weights)
 
 
@@ -198,44 +198,43 @@ def draw_attention(figure, prompt: str, pixels: torch.Tensor, words: list[tuple[
         axes.imshow(weights.view(n, n).numpy(), extent=(0, n, n, 0), cmap="magma", alpha=0.7, vmin=0)
 
 
-def attention_figure(a: argparse.Namespace):
+def attention_figure(args: argparse.Namespace):
     """The `attention` command: asks the run of --model about --image and writes the figure to --out."""
-    if a.out.suffix.lower() != ".png":
-        raise UserError(f"--out {a.out}: must name a file that ends in .png")
-    if a.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {a.max_new_tokens}: must be 1 or more")
-    a.prompt = a.prompt.encode("utf-8", "replace").decode()  # replaces bytes that the shell could not decode
-    if a.image is None:
+    if args.out.suffix.lower() != ".png":
+        raise UserError(f"--out {args.out}: must name a file that ends in .png")
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be 1 or more")
+    if args.image is None:
         world.prepare()
         first = read_json(world.FOLDER / "heldout.json", list)[0]
-        a.image = world.FOLDER / "images" / first["image"]
-    with drawing(a.out) as figure:
+        args.image = world.FOLDER / "images" / first["image"]
+    with drawing(args.out) as figure:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        _, model, sp, autocast = checkpoint.open_run(a.model, device, TRAINED_BY, template=TEMPLATE)
+        model, sp, _, autocast = checkpoint.open_run(args.model, device, TRAINED_BY, template=TEMPLATE)
         n_layers = model.llama.config.n_layers
-        if a.layer is not None and not 1 <= a.layer <= n_layers:
-            raise UserError(f"--layer {a.layer}: the LLaMA of {a.model} has layers 1 to {n_layers}")
-        pixels = read_pixels(a.image, model.vision.config.image_size)  # (1, 3, size, size)
+        if args.layer is not None and not 1 <= args.layer <= n_layers:
+            raise UserError(f"--layer {args.layer}: the LLaMA of {args.model} has layers 1 to {n_layers}")
+        pixels = read_pixels(args.image, model.vision.config.image_size)  # (1, 3, size, size)
         with autocast:
-            words = look(model, sp, pixels.to(device), a.prompt, a.max_new_tokens)
-        if a.layer is None:
+            words = look(model, sp, pixels.to(device), args.prompt, args.max_new_tokens)
+        if args.layer is None:
             words = [(word, weights.mean(0)) for word, weights in words]
         else:
-            words = [(word, weights[a.layer - 1]) for word, weights in words]
-        draw_attention(figure, a.prompt, pixels, words)
+            words = [(word, weights[args.layer - 1]) for word, weights in words]
+        draw_attention(figure, args.prompt, pixels, words)
     print(" ".join(word for word, _ in words))
-    print(f"{a.out} shows where each word looks; the percentage is the share of its attention that is on the picture")
+    print(f"{args.out} shows where each word looks; the percentage is its attention to the whole picture")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.plots", description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(__doc__, prog="python -m tools.plots")
     commands = parser.add_subparsers(dest="command", required=True)
     for command, purpose in (("loss", "draw loss, learning rate, gradient norm and speed as RUN/loss.png"),
                              ("tensorboard", "write metrics.jsonl as RUN/tensorboard")):  # fmt: skip
         add = commands.add_parser(command, help=purpose).add_argument
         add("run", type=Path, metavar="RUN", help="a run directory of train.py")
     purpose = "draw which patches each word of an answer looks at"
-    add = commands.add_parser("attention", help=purpose, formatter_class=HelpFormatter).add_argument
+    add = commands.add_parser("attention", help=purpose).add_argument
     add("--model", type=Path, metavar="RUN", default=Path("runs/chat"), help="a run directory")
     add("--image", type=Path, metavar="FILE", help="the picture to show (default: the demo's first held-out scene)")
     add("--prompt", metavar="TEXT", default=REQUESTS[0], help="the question")
@@ -246,14 +245,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main():
-    a = parse_arguments()
+    args = parse_arguments()
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # for terminals without UTF-8
-    if a.command == "loss":
-        print(loss_curves(a.run))
-    elif a.command == "tensorboard":
-        print(write_tensorboard(a.run))
+    if args.command == "loss":
+        print(loss_curves(args.run))
+    elif args.command == "tensorboard":
+        print(write_tensorboard(args.run))
     else:
-        attention_figure(a)
+        attention_figure(args)
 
 
 if __name__ == "__main__":

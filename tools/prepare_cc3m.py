@@ -34,8 +34,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from common import HelpFormatter, UserError, printable, read_json, reason, replacing, run_command
-from data import MAX_BYTES, Pictures, Records, from_caption
+from common import ArgumentParser, UserError, printable, read_json, reason, replacing, run_command
+from data import MAX_BYTES, Pictures, from_caption, read_records
 from tools.plots import drawing
 
 TSV, FILES, TARS, JSON = "Google's TSV", "img2dataset's files", "img2dataset's tars", "captions in JSON"
@@ -93,15 +93,10 @@ def open_captions(path: Path) -> Source:
         raise UserError(f"{path}: cannot be read ({reason(error)}); is the path right?") from None
     if not re.match(rb"\s*(\[\s*)?\{", head):
         return Source(path, TSV, partial(read_tsv, path))
-    records = Records(path)
-    if records.kind != "captions":
-        raise UserError(f'{path}: holds {records.kind}, expected captions: {{"image", "caption"}}')
-    return Source(path, JSON, lambda skipped: read_records(records))
-
-
-def read_records(records: Records) -> Iterator[Caption]:
-    for i in range(len(records)):
-        yield records[i], None
+    kind, records = read_records(path)
+    if kind != "captions":
+        raise UserError(f'{path}: holds {kind}, expected captions: {{"image", "caption"}}')
+    return Source(path, JSON, lambda skipped: ((record, None) for record in records))
 
 
 def read_tsv(path: Path, skipped: Counter) -> Iterator[Caption]:
@@ -411,57 +406,57 @@ def draw(path: Path, before: np.ndarray, after: np.ndarray):
 # --- the command line
 
 
-def prepare(a: argparse.Namespace):
-    check_arguments(a)
-    source = open_captions(a.data)
-    phrases_by, find_phrases = PHRASES[a.phrases](a.processes)
-    print(f"{a.data}: {source.kind}; noun phrases: {phrases_by}", flush=True)
+def prepare(args: argparse.Namespace):
+    check_arguments(args)
+    source = open_captions(args.data)
+    phrases_by, find_phrases = PHRASES[args.phrases](args.processes)
+    print(f"{args.data}: {source.kind}; noun phrases: {phrases_by}", flush=True)
 
     concepts, skipped = read_concepts(source, find_phrases)
     n = concepts.n_captions
-    selected = select_balanced(concepts, a.at_least, a.at_most, a.seed)  # (n,)
+    selected = select_balanced(concepts, args.at_least, args.at_most, args.seed)  # (n,)
     if not selected.any():
-        raise UserError(f"{a.data}: no noun phrase is in {a.at_least} of its {n} captions; lower --at-least")
+        raise UserError(f"{args.data}: no noun phrase is in {args.at_least} of its {n} captions; lower --at-least")
     before, after = phrase_counts(concepts, selected)  # (P,) each
     frequent = np.argsort(-before, kind="stable")[:MOST_FREQUENT]
     # Only digests are stored, so the frequent phrases are found again in the first caption that contains each.
     first_captions = set(concepts.captions[concepts.starts[frequent]].tolist())
 
     with contextlib.ExitStack() as stack:  # closes the files in reverse order: report.json gets its name last
-        report_file = stack.enter_context(replacing(a.out / "report.json"))
-        chat = stack.enter_context(replacing(a.out / "chat.json"))
+        report_file = stack.enter_context(replacing(args.out / "report.json"))
+        chat = stack.enter_context(replacing(args.out / "chat.json"))
         archive = None
         if source.kind == TARS:
-            archive = zipfile.ZipFile(stack.enter_context(replacing(a.out / "images.zip")), "w")
+            archive = zipfile.ZipFile(stack.enter_context(replacing(args.out / "images.zip")), "w")
             stack.enter_context(archive)
-        texts = write_subset(source, selected, a.seed, chat, archive, first_captions)
+        texts = write_subset(source, selected, args.seed, chat, archive, first_captions)
         names = {digest(phrase): phrase for phrases in find_phrases(texts) for phrase in phrases}
         most_frequent = [
             dict(phrase=names.get(concepts.digests[p].tobytes(), "?"), before=int(before[p]), after=int(after[p]))
             for p in frequent
         ]
         report = dict(
-            data=str(a.data), kind=source.kind, phrases_by=phrases_by, at_least=a.at_least, at_most=a.at_most,
-            seed=a.seed, skipped=skipped, captions=dict(before=n, after=int(selected.sum())),
+            data=str(args.data), kind=source.kind, phrases_by=phrases_by, at_least=args.at_least, at_most=args.at_most,
+            seed=args.seed, skipped=skipped, captions=dict(before=n, after=int(selected.sum())),
             phrases=dict(before=len(before), after=int(np.count_nonzero(after))),
-            histogram=histogram(before, after, a.at_least), most_frequent=most_frequent,
+            histogram=histogram(before, after, args.at_least), most_frequent=most_frequent,
         )  # fmt: skip
         report_file.write(json.dumps(report, indent=2).encode() + b"\n")
     if source.kind != TARS:
-        (a.out / "images.zip").unlink(missing_ok=True)  # of an earlier run
-    draw(a.out / "report.png", before, after)
-    images = {TARS: a.out / "images.zip", FILES: a.data}.get(source.kind, "PICTURES")
-    print(f"{table(report)}\nfor train.py: --data {a.out / 'chat.json'} --images {images}")
+        (args.out / "images.zip").unlink(missing_ok=True)  # of an earlier run
+    draw(args.out / "report.png", before, after)
+    images = {TARS: args.out / "images.zip", FILES: args.data}.get(source.kind, "PICTURES")
+    print(f"{table(report)}\nfor train.py: --data {args.out / 'chat.json'} --images {images}")
 
 
-def check_arguments(a: argparse.Namespace):
+def check_arguments(args: argparse.Namespace):
     for name, minimum in dict(at_least=1, at_most=1, processes=1, seed=0).items():
-        if getattr(a, name) < minimum:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be {minimum} or more")
+        if getattr(args, name) < minimum:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {minimum} or more")
     try:
-        check_out(a.out)
+        check_out(args.out)
     except OSError as error:
-        raise UserError(f"{a.out}: cannot be read ({reason(error)}); choose another --out") from None
+        raise UserError(f"{args.out}: cannot be read ({reason(error)}); choose another --out") from None
 
 
 def check_out(out: Path):
@@ -476,9 +471,7 @@ def check_out(out: Path):
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.prepare_cc3m", description=__doc__, formatter_class=HelpFormatter
-    )
+    parser = ArgumentParser(__doc__, prog="python -m tools.prepare_cc3m")
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="PATH", help="Train_GCC-training.tsv, a folder that img2dataset "
         "wrote (files or webdataset), or captions as JSON")  # fmt: skip

@@ -4,14 +4,13 @@
     python -m tools.web_chat --model runs/chat --image PICTURE    # about this picture at first
 """
 
-import argparse
 import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from chat import Chat, add_sampling_arguments, open_chat
-from common import HelpFormatter, UserError, reason, run_command
+from chat import Chat, add_arguments, open_chat
+from common import ArgumentParser, UserError, reason, run_command
 from conversation import IMAGE
 from vision import open_picture
 
@@ -100,12 +99,11 @@ def serve(chat: Chat, gradio):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m tools.web_chat", description=__doc__,
-                                     formatter_class=HelpFormatter)  # fmt: skip
-    add_sampling_arguments(parser)
-    a = parser.parse_args()
+    parser = ArgumentParser(__doc__, prog="python -m tools.web_chat")
+    add_arguments(parser)
+    args = parser.parse_args()
     gradio = import_gradio()  # first, because a model takes long to load
-    serve(open_chat(a), gradio)
+    serve(open_chat(args), gradio)
 
 
 if __name__ == "__main__":
