@@ -37,7 +37,7 @@ SYSTEM = (  # Vicuna-v0 was trained with exactly these words
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
 STOP = "###"
-IMAGE = "<image>"  # marks the picture's place in the data sets: a line of its own in the first human message
+IMAGE = "<image>"  # marks the picture's place in the data sets: the start or the end of the first human message
 IMAGE_ID = -1  # in `ids` at each patch position; no tokenizer uses -1, so the vocabulary needs no new token
 
 
@@ -70,7 +70,7 @@ def render(turns: list[str], picture: bool = False, system: str = SYSTEM) -> tup
     """Writes a conversation in the template.
 
     turns: human, assistant, human, ...; if the last one is a human's, the text ends with `### Assistant:`, a prompt.
-    picture: the first human message starts or ends with a line `<image>` (Eq. 2 draws one of the two).
+    picture: the first human message starts or ends with `<image>` (Eq. 2 draws one of the two).
 
     Returns the text before the picture, or "" without one; the text after it; the spans of its green characters.
 
@@ -98,12 +98,13 @@ def render(turns: list[str], picture: bool = False, system: str = SYSTEM) -> tup
 
 
 def split_at_picture(message: str) -> tuple[str, str]:
-    """The text before and after `<image>`. Raises ValueError unless `<image>` is the first or the last line."""
-    if message == IMAGE or message.startswith(IMAGE + "\n"):
-        return "", message[len(IMAGE) :]
-    if message.endswith("\n" + IMAGE):
-        return message[: -len(IMAGE)], ""
-    raise ValueError(f"it has a picture, so its first human message must start or end with a line {IMAGE}")
+    """The text before and after `<image>`. Raises ValueError unless one of the two is empty or white space."""
+    before, mark, after = message.partition(IMAGE)
+    if before.strip():
+        before, mark, after = message.rpartition(IMAGE)
+    if not mark or (before.strip() and after.strip()):
+        raise ValueError(f"its first message must start or end with {IMAGE}, its picture's place: {message!r:.60}")
+    return before, after
 
 
 def tokenize(sp: SentencePieceProcessor, turns: list[str], n_patches: int = 0,
@@ -142,14 +143,11 @@ def stop_ids(sp: SentencePieceProcessor) -> list[list[int]]:
 
 
 def surface(sp: SentencePieceProcessor, ids: Iterable[int]) -> str:
-    """The exact characters of ids, with the leading space that sp.decode drops; skips patches and control symbols."""
-    spelled = b""
-    for id in map(int, ids):
-        if id == IMAGE_ID or sp.is_control(id):
-            continue
-        piece = sp.id_to_piece(id)
-        spelled += bytes([int(piece[3:5], 16)]) if sp.is_byte(id) else piece.replace("\u2581", " ").encode()
-    return spelled.decode("utf-8", errors="replace")
+    """The exact characters of ids; skips patches and control symbols.
+
+    sp.decode drops the space at the start of a text, so a `#` stands before the ids while it decodes them.
+    """
+    return sp.decode([*sp.encode("#"), *(int(id) for id in ids if id != IMAGE_ID)]).removeprefix("#")
 
 
 def stretches(sp: SentencePieceProcessor, ids: np.ndarray, green: np.ndarray) -> Iterator[tuple[str, int, str]]:

@@ -11,12 +11,15 @@ All records are checked before training starts. Threads compute the streams ahea
 """
 
 import collections
+import contextlib
 import itertools
 import json
 import math
 import multiprocessing
 import os
+import posixpath
 import random
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -72,13 +75,19 @@ def from_llava(record: dict, rng: random.Random) -> Example:
     for message, role in zip(messages, ("human", "gpt") * len(messages)):
         if not isinstance(message, dict) or message.get("from") != role or not isinstance(message.get("value"), str):
             raise ValueError(f'message {len(turns)} is {message!r:.80}; expected {{"from": "{role}", "value": text}}')
-        turns.append(message["value"])
+        turns.append(message["value"].replace("\r\n", "\n"))
     if len(turns) % 2 == 1:
         raise ValueError("its last message is the human's: it has no answer to learn")
-    image = record.get("image")
+    image, marks = record.get("image"), sum(turn.count(IMAGE) for turn in turns)
     if image is not None:
         check_inside(image)
         split_at_picture(turns[0])
+        if marks > 1:
+            raise ValueError(f"it has {marks} marks {IMAGE}; a sample has one picture")
+    elif IMAGE in turns[0]:
+        keys = shorten(repr(key) for key in record if "image" in key.lower() and key != "image")
+        hint = f"; its picture is under the key {keys}: rename it to 'image'" if keys else ""
+        raise ValueError(f"its first message has {IMAGE}, but it has no 'image'{hint}")
     return Example(str(record.get("id", "")), turns, image)
 
 
@@ -100,9 +109,9 @@ def from_caption(record: dict, rng: random.Random) -> Example:
 def from_scienceqa(record: dict, rng: random.Random) -> Example:
     """A problem in the form QCM-LEA
     -> Example(id, ["{question}\\nContext: ...\\nOptions: (A) ...", "{lecture} {solution} The answer is B."])"""
-    lecture, solution = (record[key].replace("\n", "\\n") for key in ("lecture", "solution"))  # spelled out
-    answer = f"{lecture} {solution} The answer is {LETTERS[record['answer']]}.".replace("  ", " ").strip()
-    return Example(record["id"], [scienceqa_question(record), answer], record["image_path"])
+    answer = f"{record['lecture']} {record['solution']} The answer is {LETTERS[record['answer']]}."
+    turns = [scienceqa_question(record), answer.replace("  ", " ").strip()]
+    return Example(record["id"], turns, record["image_path"])
 
 
 def scienceqa_question(record: dict) -> str:
@@ -180,7 +189,7 @@ def read_scienceqa(folder: Path, split: str = "train", absent: str = "refuse") -
             problem["image_path"] = None if absent == "text" else image
         problems.append(problem)
     if absent_pictures and absent == "refuse":
-        raise UserError(f"{folder}: {len(absent_pictures)} pictures are absent ({shorten(absent_pictures[:1])}, ...); "
+        raise UserError(f"{folder}: {len(absent_pictures)} pictures are absent ({shorten(absent_pictures)}); "
                         "unpack them there, or give --missing-pictures-as-text to do without")  # fmt: skip
     return problems, absent_pictures
 
@@ -189,21 +198,17 @@ def check_problem(id: str, entry: dict | None) -> dict:
     """A problem of problems.json with `id` and `image_path`; texts that are absent become "". Raises ValueError."""
     if not isinstance(entry, dict):
         raise ValueError(f"expected a JSON object, not {entry!r:.80}")
-    problem = entry | {key: entry.get(key) or "" for key in ("hint", "lecture", "solution", "image")}
+    problem = entry | {"id": id} | {key: entry.get(key) or "" for key in ("hint", "lecture", "solution", "image")}
+    texts = [problem.get(key) for key in ("question", "split", "hint", "lecture", "solution", "image")]
     choices, answer = problem.get("choices"), problem.get("answer")
-    texts = ("question", "split", "hint", "lecture", "solution", "image")
-    faults = [key for key in texts if not isinstance(problem.get(key), str)]
-    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        faults.append("choices")
-    elif type(answer) is not int or not 0 <= answer < len(choices) <= len(LETTERS):
-        faults.append("answer")
-    if faults:
-        raise ValueError(f"`{faults[0]}` is {problem.get(faults[0])!r:.80}; expected texts, of `choices` up to "
-                         f"{len(LETTERS)}, and the index of one as `answer`")  # fmt: skip
-    image = f"images/{problem['split']}/{id}/{problem['image']}" if problem["image"] else None
-    if image:
-        check_inside(image)
-    return problem | {"id": id, "image_path": image}
+    if not isinstance(choices, list) or not all(isinstance(text, str) for text in texts + choices):
+        raise ValueError("its question, split, hint, lecture, solution, image and each of its choices must be texts")
+    if type(answer) is not int or not 0 <= answer < len(choices) <= len(LETTERS):
+        raise ValueError(f"`answer` is {answer!r:.80}; expected an index into its choices, {len(LETTERS)} at most")
+    problem["image_path"] = f"images/{problem['split']}/{id}/{problem['image']}" if problem["image"] else None
+    if problem["image_path"]:
+        check_inside(problem["image_path"])
+    return problem
 
 
 KINDS = {"LLaVA conversations": from_llava, "captions": from_caption, "ScienceQA": from_scienceqa}
@@ -267,6 +272,9 @@ class Pictures:
         if not self.path.is_dir():
             try:
                 self.archive = zipfile.ZipFile(path)
+                entries = [entry for entry in self.archive.infolist() if not entry.filename.startswith("__MACOSX/")]
+                self.entries = {plain_name(entry): entry for entry in entries}
+                self.top = os.path.commonprefix(list(self.entries)).rpartition("/")[0]  # the folder of all pictures
             except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
                 raise UserError(f"{path}: neither a folder nor an intact zip of pictures ({reason(error)}); correct "
                                 "--images, or copy the zip again") from None  # fmt: skip
@@ -278,17 +286,29 @@ class Pictures:
             if self.archive is None:
                 file: IO[bytes] = open(self.path / name, "rb")
             else:
-                entry = self.archive.getinfo(name)
+                name = unicodedata.normalize("NFC", posixpath.normpath(name))
+                entry = self.entries.get(name) or self.entries[f"{self.top}/{name}"]
                 if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     raise ValueError("neither stored nor deflated")  # zipfile bounds only these while it unpacks
                 file = self.archive.open(entry)
             with file:
                 content = file.read(MAX_BYTES + 1)
-        except (KeyError, OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except KeyError:
+            raise ValueError(f"cannot be read from {self.path}: No such file in the zip") from None
+        except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"cannot be read from {self.path}: {reason(error)}") from None
         if len(content) > MAX_BYTES:
             raise ValueError(f"cannot be read from {self.path}: it has more than {MAX_BYTES} bytes")
         return content
+
+
+def plain_name(entry: zipfile.ZipInfo) -> str:
+    """The name of a zip's entry in NFC. Python reads names without the UTF-8 flag as code page 437; most are UTF-8."""
+    name = entry.filename.removeprefix("./")
+    if not entry.flag_bits & 0x800 and not name.isascii():
+        with contextlib.suppress(UnicodeError):
+            name = name.encode("cp437").decode()
+    return unicodedata.normalize("NFC", name)
 
 
 def read_pixels(path: Path, size: int) -> torch.Tensor:

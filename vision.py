@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 FEATURE_LAYER = -2  # the output of the second-to-last block; the paper's ablation reads -1, which scores lower
 HEAD_DIM = 64  # in every published CLIP ViT: heads = width / 64
@@ -24,6 +24,9 @@ PREPROCESSING = "CLIP's: shorter side by bicubic, centre crop, mean and deviatio
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's normalisation of each RGB channel in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # decoders that run no external program
+Turn = Image.Transpose
+TURNS = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE, 6: Turn.ROTATE_270,
+         7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}  # what turns a picture of each EXIF orientation upright  # fmt: skip
 MAX_PIXELS = 100_000_000  # of a picture before or after resizing; a larger one may be a decompression bomb
 
 
@@ -49,23 +52,40 @@ class VisionConfig:
 
 
 def open_picture(data: bytes) -> Image.Image:
-    """Decodes an encoded picture of any mode to RGB, upright by its EXIF orientation.
+    """Decodes an encoded picture to RGB, upright by its EXIF orientation.
 
     Raises ValueError with the reason if it has none of FORMATS, is damaged, or has more than MAX_PIXELS.
     """
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB; at 1 MB Pillow refuses long comments
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # MAX_PIXELS is stricter than Pillow's own warning
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # MAX_PIXELS is stricter than Pillow's own warning
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels exceed the limit of {MAX_PIXELS}")
-            return ImageOps.exif_transpose(image).convert("RGB")
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels exceed the limit of {MAX_PIXELS}")
+        image.load()
+        return turn_upright(to_rgb(image), image)
     except UnidentifiedImageError:
         raise ValueError(f"not a readable picture (none of {', '.join(FORMATS)})") from None
-    except ValueError:
-        raise
     except Exception as error:  # Pillow's decoders raise SyntaxError, EOFError, struct.error and others
         raise ValueError(f"not a readable picture ({type(error).__name__}: {str(error)[:100]})") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode[0] in "IF":  # integers of 16 or 32 bits, or floats; Pillow's own conversion clips them to 255
+        upper = np.asarray(image) // 256
+        if image.mode == "F" or upper.min() < 0 or upper.max() > 255:
+            raise ValueError("its pixels are not integers of 8 or 16 bits")
+        image = Image.fromarray(upper.astype(np.uint8))
+    return image.convert("RGB")
+
+
+def turn_upright(image: Image.Image, original: Image.Image) -> Image.Image:
+    """Turns `image` by the EXIF orientation of `original`. Damaged EXIF does not count."""
+    try:
+        turn = TURNS.get(original.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def preprocess(image: Image.Image, size: int) -> np.ndarray:

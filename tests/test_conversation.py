@@ -53,10 +53,10 @@ def parts(turns: list[str], picture: bool, n_patches: int = 0) -> list[tuple[str
     for i, message in enumerate(turns):
         if i % 2:
             out += [("read", " Assistant:"), ("green", f" {escape(message)}\n###")]
-        elif i == 0 and picture and (message + "\n").startswith("<image>\n"):
-            out += [("read", " Human: "), ("picture", ""), ("read", escape(message.removeprefix("<image>")) + "\n###")]
         elif i == 0 and picture:
-            out += [("read", " Human: " + escape(message.removesuffix("<image>"))), ("picture", ""), ("read", "\n###")]
+            at_start, at_end = (re.fullmatch(pattern, message, re.DOTALL) for pattern in (r"(\s*)<image>(.*)", r"(.*)<image>(\s*)"))
+            before, after = (at_start or at_end).groups()
+            out += [("read", " Human: " + escape(before)), ("picture", ""), ("read", escape(after) + "\n###")]
         else:
             out += [("read", f" Human: {escape(message)}\n###")]
     if len(turns) % 2:
@@ -104,14 +104,22 @@ def test_escape_spaces_out_the_stop_mark(message, expected):
     assert escape(message) == expected
 
 
-@pytest.mark.parametrize("message", ["What?", "a <image> b", "What?<image>", "<image>What?", "", "<IMAGE>\nx"])
-def test_an_image_mark_that_is_not_the_first_or_last_line_is_refused(message):
-    with pytest.raises(ValueError, match="must start or end with a line <image>"):
+@pytest.mark.parametrize("message", ["What?", "a <image> b", "Look.\n<image>\nWhat?", "", " \n", "<IMAGE>\nx"])
+def test_an_image_mark_that_is_neither_first_nor_last_is_refused(message):
+    with pytest.raises(ValueError, match="must start or end with <image>"):
         split_at_picture(message)
 
 
-def test_only_the_first_image_mark_is_a_picture():
-    assert split_at_picture("<image>\nx\n<image>") == ("", "\nx\n<image>")
+@pytest.mark.parametrize("message, before, after", [
+    ("<image>What?", "", "What?"), ("What?<image>", "What?", ""), ("<image> What?", "", " What?"), ("What? <image>", "What? ", ""),
+    ("\n<image>\nWhat?", "\n", "\nWhat?"), ("What?\n<image>\n", "What?\n", "\n"), (" <image>\t", " ", "\t"),
+    ("<image>\nx\n<image>", "", "\nx\n<image>"), ("Is <image> a tag?\n<image>", "Is <image> a tag?\n", ""),
+])  # fmt: skip
+def test_the_white_space_around_an_image_mark_stays(message, before, after):
+    """Of several marks, one that is first or last is the picture, and the others are text."""
+    assert split_at_picture(message) == (before, after)
+    shown = render([message, "A cat."], picture=True, system="S")
+    assert shown[:2] == (f"S\n\n### Human: {before}", f"{after}\n### Assistant: A cat.\n###")
 
 
 def test_every_character_has_the_colour_of_table_2(sp):

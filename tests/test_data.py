@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+import unicodedata
 import zipfile
 from multiprocessing.pool import ThreadPool
 
@@ -25,6 +26,7 @@ from vision import open_picture, preprocess
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
 TEXT_TURNS = [{"from": "human", "value": "A dog?"}, {"from": "gpt", "value": "A cat."}]
 N_PATCHES, SIZE = 4, 16
+CASES = ROOT.parent / "shared/cases"
 
 
 @pytest.fixture
@@ -65,7 +67,7 @@ def samples_of(batch: data.Batch) -> list[list[int]]:
 
 
 def test_data_sets_are_recognised_by_content_and_joined(tmp_path):
-    llava = write(tmp_path / "x.json", [{"id": 5, "image": "a.jpg", "conversations": TURNS}, {"conversations": TURNS}])
+    llava = write(tmp_path / "x.json", [{"id": 5, "image": "a.jpg", "conversations": TURNS}, {"conversations": TEXT_TURNS}])
     lines = write(tmp_path / "y", "\n".join(json.dumps(record) for record in captions(3)) + "\n\n")
     examples = data.Examples([llava, lines])
     assert examples.kinds == ["LLaVA conversations", "captions"]
@@ -73,7 +75,6 @@ def test_data_sets_are_recognised_by_content_and_joined(tmp_path):
     assert (len(examples), examples.n_pictures) == (5, 4)
     assert examples[0] == data.Example("5", ["<image>\nWhat is it?", "A cat."], "a.jpg")
     assert examples[1].image is None
-    assert examples[1].turns[0] == "<image>\nWhat is it?"  # without a picture, <image> is ordinary text
     assert examples[4].turns[1] == "A cat. Number 2."
 
 
@@ -136,8 +137,28 @@ def scienceqa(tmp_path):
 def test_scienceqa_in_its_published_layout(scienceqa):
     two, one = data.Examples([scienceqa], split="test")
     assert two == data.Example("2", ["Q\nContext: H\nOptions: (A) a (B) b", "The answer is A."], None)
-    assert one.turns == ["Which? Say.\nContext: N/A\nOptions: (A) no (B) yes\n<image>", "L1\\nL2 S. The answer is B."]
+    assert one.turns == ["Which? Say.\nContext: N/A\nOptions: (A) no (B) yes\n<image>", "L1\nL2 S. The answer is B."]
     assert data.Pictures(scienceqa).read(one.image) == (scienceqa / "images/test/1/image.png").read_bytes()
+
+
+def test_scienceqa_keeps_line_breaks_as_the_original_does(tmp_path):
+    """Two line breaks, and the double space that an empty solution leaves."""
+    texts = dict(lecture="First line.\nSecond line.", solution="Because.\nSo b.")
+    write(tmp_path / "problems.json", {"1": SCIENCEQA["1"] | texts, "2": SCIENCEQA["2"] | texts | dict(solution="")})
+    write(tmp_path / "pid_splits.json", {"train": ["1", "2"]})
+    one, two = data.Examples([tmp_path], absent="text")
+    assert one.turns[1] == "First line.\nSecond line. Because.\nSo b. The answer is B."
+    assert two.turns[1] == "First line.\nSecond line. The answer is A."
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="the cases of the original are absent")
+def test_a_problem_is_the_conversation_that_the_original_makes(llama_tokenizer):
+    """The same text, and the same ids."""
+    [theirs] = data.Examples([CASES / "scienceqa/newline/llava_train_QCM-LEA.json"])
+    [ours] = data.Examples([CASES / "scienceqa/newline"])
+    assert ours == theirs
+    for one, other in zip(tokenize(llama_tokenizer, ours.turns), tokenize(llama_tokenizer, theirs.turns)):
+        np.testing.assert_array_equal(one, other)
 
 
 def changed(id, **values):
@@ -146,12 +167,12 @@ def changed(id, **values):
 
 @pytest.mark.parametrize("change, message", [
     (dict(problems={"1": SCIENCEQA["1"]}), "problem '2' of split 'test': expected a JSON object, not None"),
-    (dict(problems=changed("2", answer=2)), "problem '2' of split 'test': `answer` is 2; expected .*the index of one"),
+    (dict(problems=changed("2", answer=2)), "problem '2' of split 'test': `answer` is 2; expected an index into its choices"),
     (dict(problems=changed("2", answer=True)), "problem '2' of split 'test': `answer` is True"),
-    (dict(problems=changed("2", choices="ab")), "problem '2' of split 'test': `choices` is 'ab'"),
-    (dict(problems=changed("2", choices=["a", 3])), "problem '2' of split 'test': `choices` is"),
-    (dict(problems=changed("2", choices=["a"] * 27)), "problem '2' of split 'test': `answer` is 0; expected .*up to 26"),
-    (dict(problems=changed("2", hint=["x"])), "problem '2' of split 'test': `hint` is"),
+    (dict(problems=changed("2", choices="ab")), "problem '2' of split 'test': .* and each of its choices must be texts"),
+    (dict(problems=changed("2", choices=["a", 3])), "problem '2' of split 'test': .* each of its choices must be texts"),
+    (dict(problems=changed("2", choices=["a"] * 27)), "problem '2' of split 'test': `answer` is 0; expected .*26 at most"),
+    (dict(problems=changed("2", hint=["x"])), "problem '2' of split 'test': its question, .*hint.* must be texts"),
     (dict(problems={**SCIENCEQA, "2": 3}), "problem '2' .*: expected a JSON object, not 3"),
     (dict(problems=changed("1", split="../..")), "is not a path inside the picture folder"),
     (dict(problems=changed("1", image="x.png")), "images/test/1/x.png.*--missing-pictures-as-text"),
@@ -192,6 +213,25 @@ def test_absent_pictures_of_scienceqa(scienceqa):
     assert kept[1].turns[0].endswith("\n<image>")
 
 
+def chat(*turns, **fields):
+    """A record of LLaVA JSON. Its picture is a.png unless `fields` say otherwise."""
+    messages = [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]
+    record = {"id": "x", "image": "a.png", **fields, "conversations": messages}
+    return {key: value for key, value in record.items() if value is not None}
+
+
+@pytest.mark.parametrize("first", ["<image>\r\nWhat?", "\n<image>\nWhat?", "<image> What?", "What? <image>", "What?<image>",
+                                   "<image>What?", "<image> \nWhat?", "What?\n<image>\n"])  # fmt: skip
+def test_the_picture_is_at_the_start_or_the_end_whatever_the_white_space(tmp_path, first):
+    path = write(tmp_path / "x.json", [chat(first, "A cat.\r\nYes.", "Sure?", "Yes.")])
+    assert data.Examples([path])[0] == data.Example("x", [first.replace("\r\n", "\n"), "A cat.\nYes.", "Sure?", "Yes."], "a.png")
+
+
+def test_a_sample_without_a_picture_may_mention_the_mark_later(tmp_path):
+    path = write(tmp_path / "x.json", [chat("What is a tag?", "<image> is one.", image=None)])
+    assert data.Examples([path])[0].image is None
+
+
 # --- refusals
 
 
@@ -222,7 +262,16 @@ GOOD = json.dumps(captions(1)[0])
     (json.dumps([{"conversations": TURNS + TURNS[1:] + TURNS[:1]}]), "message 2 is {'from': 'gpt'"),
     (json.dumps([{"conversations": [{"from": "human"}]}]), "message 0 is .*expected"),
     (json.dumps([{"conversations": [{"from": "human", "value": 3}, TURNS[1]]}]), "message 0 is .*expected"),
-    (json.dumps([{"image": "a.png", "conversations": [{**TURNS[0], "value": "What?"}, TURNS[1]]}]), "line <image>"),
+    (json.dumps([chat("What?", "A cat.")]), "must start or end with <image>, its picture.s place"),
+    (json.dumps([chat("Look.\n<image>\nWhat?", "A cat.")]), "must start or end with <image>, its picture.s place"),
+    (json.dumps([chat("Hello.", "Hello.", "<image>\nWhat?", "A cat.")]), "must start or end with <image>, its picture.s place"),
+    (json.dumps([chat("<image>\n<image>\nWhat?", "A cat.")]), "it has 2 marks <image>; a sample has one picture"),
+    (json.dumps([chat("<image>\nWhat?", "A cat.", "<image>", "A dog.")]), "it has 2 marks <image>; a sample has one picture"),
+    (json.dumps([chat("<image>\nWhat?", "A cat.", image=None)]), "its first message has <image>, but it has no 'image'; correct"),
+    (json.dumps([chat("What?", "A cat.", image="")]), "its image '' is not a path inside"),
+    (json.dumps([{"conversations": [{"from": "system", "value": "S"}, *TEXT_TURNS]}]), "message 0 is {'from': 'system', .*expected .*human"),
+    *((json.dumps([chat("<image>\nWhat?", "A cat.", image=None, **{key: ["a.png"]})]), f"under the key '{key}': rename it to 'image'")
+      for key in ("images", "image_path", "Image")),
     (json.dumps([{"image": "../../etc/passwd", "caption": "x"}]), "is not a path inside the picture folder"),
     (json.dumps([{"image": "/etc/passwd", "caption": "x"}]), "is not a path inside the picture folder"),
     (json.dumps([{"image": "a\\..\\b", "caption": "x"}]), "is not a path inside the picture folder"),
@@ -270,6 +319,36 @@ def test_pictures_of_a_folder_and_of_a_zip(folder, images):
         pictures.read("absent.png")
     with pytest.raises(ValueError, match="is not a path inside the picture folder"):
         pictures.read("../images/a.png")
+
+
+@pytest.mark.parametrize("top", ["", "imgs/", "a/b/"])
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_zip_finds_names_that_are_spelled_otherwise(tmp_path, top, flag):
+    """Outside ASCII with and without the UTF-8 flag, decomposed as on macOS, below a folder, after `./`."""
+    names = {"plain.png": "plain.png", "köln.png": "ko\u0308ln.png", "图片1.png": "图片1.png"}  # asked for: in the zip
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in names.values():
+            archive.writestr(top + name, name)
+            archive.writestr(f"__MACOSX/{top}._{name}", "no picture")
+    raw = (tmp_path / "x.zip").read_bytes()
+    if not flag:  # bit 11, in the header of each entry and in the directory
+        raw = raw.replace(b"PK\3\4\x14\0\0\x08", b"PK\3\4\x14\0\0\0").replace(b"PK\1\2\x14\3\x14\0\0\x08", b"PK\1\2\x14\3\x14\0\0\0")
+    (tmp_path / "x.zip").write_bytes(raw)
+    flags = [entry.flag_bits & 0x800 for entry in zipfile.ZipFile(tmp_path / "x.zip").infolist()]
+    assert any(flags) == flag
+    pictures = data.Pictures(tmp_path / "x.zip")
+    for asked, name in names.items():
+        for spelling in (asked, f"./{asked}", top + asked, unicodedata.normalize("NFD", asked)):
+            assert pictures.read(spelling).decode() == name
+    with pytest.raises(ValueError, match="No such file in the zip"):
+        pictures.read("._plain.png")
+
+
+def test_a_zip_keeps_names_of_code_page_437(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("k_ln.png", "content")
+    (tmp_path / "x.zip").write_bytes((tmp_path / "x.zip").read_bytes().replace(b"k_ln", "köln".encode("cp437")))
+    assert data.Pictures(tmp_path / "x.zip").read("köln.png") == b"content"
 
 
 def test_a_folder_in_the_place_of_a_picture_is_refused(folder):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VIT, error, tiny_vit, vit_twin
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 from transformers.image_utils import load_image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -63,11 +63,6 @@ def palette_with_transparency() -> bytes:
     return encoded(photograph(250, 301).quantize(64), transparency=bytes(range(0, 256, 4)))
 
 
-def sixteen_bit() -> bytes:
-    grey = np.asarray(photograph(250, 301).convert("L")).astype(np.uint16)
-    return encoded(Image.fromarray(grey * 257))
-
-
 MODES = {
     "grey": lambda: encoded(photograph(250, 301).convert("L")),
     "grey and alpha": lambda: encoded(photograph(250, 301).convert("LA")),
@@ -75,7 +70,6 @@ MODES = {
     "palette with transparency": palette_with_transparency,
     "gif": lambda: encoded(photograph(250, 301), "GIF"),
     "one bit": lambda: encoded(photograph(250, 301).convert("1")),
-    "sixteen bits": sixteen_bit,
     "jpeg": lambda: encoded(photograph(250, 301), "JPEG", quality=80),
     "progressive grey jpeg": lambda: encoded(photograph(250, 301).convert("L"), "JPEG", progressive=True),
     "cmyk jpeg": lambda: encoded(photograph(250, 301).convert("CMYK"), "JPEG"),
@@ -108,6 +102,55 @@ def test_the_exif_orientation_is_applied(orientation):
     exif[0x0112] = orientation
     assert np.array_equal(np.asarray(open_picture(encoded(stored, exif=exif))), np.asarray(upright))
     assert_parity(encoded(stored, "JPEG", exif=exif))
+
+
+def test_sixteen_bits_look_like_their_upper_eight():
+    grey = np.asarray(photograph(250, 301).convert("L"))
+    values = grey * np.uint16(256) + np.arange(250, dtype=np.uint16)
+    expected = np.stack([grey] * 3, axis=2)
+    pgm = b"P5 250 301 65535\n" + values.astype(">u2").tobytes()
+    pictures = [encoded(Image.fromarray(values)), encoded(Image.fromarray(values), "TIFF"), pgm,
+                encoded(Image.fromarray(values.astype(np.int32)), "TIFF")]  # fmt: skip
+    assert {Image.open(io.BytesIO(data)).mode for data in pictures} >= {"I;16", "I"}
+    for data in pictures:
+        assert np.array_equal(np.asarray(open_picture(data)), expected)
+
+
+@pytest.mark.parametrize("values", [np.float32(0.5), np.int32(65536), np.int32(-1)], ids=repr)
+def test_pixels_of_an_unknown_range_are_refused(values):
+    with pytest.raises(ValueError, match="not integers of 8 or 16 bits"):
+        open_picture(encoded(Image.fromarray(np.full((20, 30), values)), "TIFF"))
+
+
+def exif(*entries: tuple[int, int, int, int]) -> bytes:
+    """EXIF with entries (tag, type, count, value or offset)."""
+    fields = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + fields + bytes(4)
+
+
+UPRIGHT = (0x112, 3, 1, 6)  # the orientation of a picture that is stored lying on its left side
+
+
+@pytest.mark.parametrize("content, turned", [
+    (exif(UPRIGHT, (0x100, 2, 4, 0x303436)), True),  # the width is the text "640"
+    (exif(UPRIGHT, (0x8825, 4, 1, 38)) + exif((0, 2, 4, 0x322E32))[14:], True),  # the version of GPS is the text "2.2"
+    (exif(UPRIGHT, (0x8769, 4, 1, 10**6)), True),  # the sub-directory lies beyond the end
+    (exif(UPRIGHT)[:20], False), (exif((0x112, 3, 1, 9)), False), (exif((0x112, 2, 4, 0x36)), False),
+    (b"Exif\0\0", False), (b"Exif\0\0garbage", False),
+], ids=str)  # fmt: skip
+def test_damaged_exif_does_not_matter(content, turned):
+    image = photograph(30, 20)
+    for format in ("JPEG", "PNG"):
+        plain = open_picture(encoded(image, format))
+        expected = plain.transpose(Image.Transpose.ROTATE_270) if turned else plain
+        assert np.array_equal(np.asarray(open_picture(encoded(image, format, exif=content))), np.asarray(expected))
+
+
+def test_a_png_with_a_long_comment_is_read():
+    """Pillow alone refuses one over 1 MB."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("comment", "x" * 2_000_000, zip=True)
+    assert open_picture(encoded(photograph(30, 20), pnginfo=info)).size == (30, 20)
 
 
 # --- damaged, unsupported and oversized pictures

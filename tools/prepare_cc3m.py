@@ -35,7 +35,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import ArgumentParser, UserError, printable, read_json, reason, replacing, run_command
-from data import MAX_BYTES, Pictures, from_caption, read_records
+from data import MAX_BYTES, Pictures, check_records, from_caption, read_records
 from tools.plots import drawing
 
 TSV, FILES, TARS, JSON = "Google's TSV", "img2dataset's files", "img2dataset's tars", "captions in JSON"
@@ -93,7 +93,8 @@ def open_captions(path: Path) -> Source:
         raise UserError(f"{path}: cannot be read ({reason(error)}); is the path right?") from None
     if not re.match(rb"\s*(\[\s*)?\{", head):
         return Source(path, TSV, partial(read_tsv, path))
-    kind, records = read_records(path)
+    records = read_records(path)
+    kind = check_records(path, records)
     if kind != "captions":
         raise UserError(f'{path}: holds {kind}, expected captions: {{"image", "caption"}}')
     return Source(path, JSON, lambda skipped: ((record, None) for record in records))
