@@ -206,8 +206,10 @@ def open_examples(args: argparse.Namespace) -> tuple[Examples, Pictures | None]:
         raise UserError(f"--data holds {shorten(examples.kinds)}; --stage 2 --task scienceqa takes a ScienceQA folder "
                         "and nothing else, other runs take none")  # fmt: skip
     images = args.images or (args.data[0] if args.name == "scienceqa" else None)
-    if not images and any(examples[int(first)].image for first in examples.starts[:-1]):
+    if not images and examples.n_pictures:
         raise UserError("--images missing: the samples have pictures; give their folder or zip")
+    if args.stage == 1 and not examples.n_pictures:
+        raise UserError("--data: no sample has a picture, and stage 1 trains W on pictures only")
     return examples, Pictures(images) if images else None
 
 

@@ -174,7 +174,7 @@ def write_texts(case: Path):
     captions = [{"image": f"{i}.png", "caption": f"A cat, {i} \u00fc"} for i in range(5)]
     problems = {id: problem | {"subject": "x", "grade": "grade4"} for id, problem in SCIENCEQA.items() if id in "12"}
     for name, content in {
-        "chat/chat.json": [{"id": "1", "image": "1.png", "conversations": talk * 2},
+        "chat/chat.json": [{"id": "1", "image": "1.png", "conversations": talk + [{"from": "human", "value": "Hi"}, talk[1]]},
                            {"id": 3, "conversations": [{"from": "human", "value": "Hi"}, talk[1]]}],
         "captions/list.json": captions,
         "scienceqa/problems.json": problems,

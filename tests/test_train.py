@@ -737,6 +737,11 @@ def write_bad_json(inputs, bad):
     bad.write_text('[{"image": "0.png",\n "caption" "x"}]')
 
 
+def write_texts_only(inputs, bad):
+    messages = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]
+    bad.write_text(json.dumps([{"id": "s6", "conversations": messages}]))
+
+
 def name_absent_picture(inputs, bad):
     bad.write_text(json.dumps([{"id": "s7", "image": "gone.png", "caption": "x"}]))
 
@@ -776,6 +781,7 @@ BROKEN = {
     "a tokenizer of another LLaMA": (shrink_vocabulary, {"llama": "BAD"}, "tokenizer.model: .* pieces.*300"),
     "a projector of another shape": (write_other_projector, {"projector": "BAD"}, r"\(32, 48\).*width 64"),
     "bad JSON": (write_bad_json, {"data": "BAD"}, "BAD: cannot be read as JSON .*line 2 column 12"),
+    "stage 1 without pictures": (write_texts_only, {"data": "BAD"}, "^--data: no sample has a picture"),
     "an absent picture": (name_absent_picture, {"data": "BAD"}, "^step 1: sample s7: picture gone.png: .*No such"),
     "a truncated picture": (truncate_picture, {"data": "BAD", "images": "FOLDER/pictures"},
                             "^step 1: sample s8: picture x.png: not a readable picture"),
