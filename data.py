@@ -12,6 +12,7 @@ All records are checked before training starts. Threads compute the streams ahea
 
 import collections
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -248,6 +249,9 @@ class Examples:
         return KINDS[kind](record, random.Random(f"{self.seed} {epoch} {i}"))
 
     __getitem__ = get
+
+    def checksum(self) -> str:
+        return hashlib.sha256(self.encoded.data).hexdigest()
 
     def types(self) -> np.ndarray:
         """(n,) int, the index of each sample's data set; the published 158K come as one file for each response type."""

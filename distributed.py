@@ -90,6 +90,8 @@ def start_processes() -> tuple[int, int, torch.device]:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(max(1, cores // local_world - 1))
     if "RANK" in os.environ:
+        if absent := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise UserError(f"RANK is set, but not {' and '.join(absent)}; start with torchrun, or unset RANK")
         on_gpu = device.type == "cuda"
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None)
     return rank, world_size, device

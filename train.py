@@ -18,6 +18,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import stat
 import time
@@ -61,8 +62,11 @@ PAPER = {  # section 4.2: the settings of each run of the paper
     "scienceqa": dict(epochs=12, batch_size=32, lr=2e-5, sampling="proportional"),
 }
 MAX_GRAD_NORM = 1.0
-MAY_CHANGE = {"checkpoint_activations", "images", "log_every", "max_bad_samples", "max_length", "micro_batch_tokens",
-              "parallel", "save_every", "workers"}  # flags that may differ when a run continues  # fmt: skip
+MAY_CHANGE = {  # flags that may differ when a run continues; what the paths of the inputs hold is compared instead
+    "llama", "vision", "projector", "init_from", "data", "images", "max_length", "max_bad_samples", "workers",
+    "micro_batch_tokens", "parallel", "checkpoint_activations", "save_every", "log_every",
+}  # fmt: skip
+STATE_BYTES, WEIGHT_BYTES = 12, 4  # of a parameter that trains: itself and AdamW's two moments, in float32; itself
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> float:
@@ -76,15 +80,14 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> fl
 # --- the run directory
 
 
-def claim(out: Path) -> dict | None:
-    """Reserves a run directory until this process ends -> the settings of the run in it; None if it is new.
+def claim(out: Path) -> dict:
+    """Reserves a run directory until this process ends -> the config.json of the run in it; {} if it is new.
 
     Refuses any other directory, and one in which another process trains.
     """
     entries = [path.name for path in out.iterdir()] if out.is_dir() else []
-    is_new = all(name.startswith(".") for name in entries)
-    settings = None if is_new or "config.json" not in entries else read_json(out / "config.json", dict).get("settings")
-    if not is_new and not isinstance(settings, dict):
+    config = read_json(out / "config.json", dict) if "config.json" in entries else {}
+    if not isinstance(config.get("settings"), dict) and not all(name.startswith(".") for name in entries):
         raise UserError(f"{out}: exists and is not a run of train.py; give another --out")
     append_lines(out / ".lock", [])  # creates the directory too
     try:
@@ -95,22 +98,27 @@ def claim(out: Path) -> dict | None:
         raise UserError(f"{out}: another train.py runs in it; wait for it, or give another --out") from None
     except (ImportError, OSError):
         pass  # Windows, or a file system without locks
-    return settings
+    return config
 
 
-def enter_run(args: argparse.Namespace, config: dict, begun: dict | None) -> dict | None:
+def enter_run(args: argparse.Namespace, config: dict, begun: dict) -> dict | None:
     """The state from which the run in --out continues; None after writing a new run's config.json.
 
-    begun: the settings of the run in it. Refuses to continue with others, and to overwrite a run without a state.
+    begun: the config.json of the run in it. Refuses to continue with other settings or inputs.
     """
     state = checkpoint.load_state(args.out) if args.resume else None
     if state is None:
         by_process_0(lambda: start_run(args, config))
         return None
     for name, value in config["settings"].items():
-        if name not in MAY_CHANGE and begun and begun.get(name, value) != value:
-            raise UserError(f"{args.out}: began with --{name.replace('_', '-')} {begun.get(name)}, now it is {value}; "
-                            "give the same settings, or another --out, or --no-resume to start again")  # fmt: skip
+        before = begun["settings"].get(name, value)
+        if name not in MAY_CHANGE and before != value:
+            raise UserError(f"{args.out}: began with --{name.replace('_', '-')} {before}, now it is {value}; give the "
+                            "same settings, or another --out, or --no-resume to start again")  # fmt: skip
+    for name, value in config["contents"].items():
+        if begun.get("contents", {}).get(name, value) != value:
+            raise UserError(f"{args.out}: began with another content of --{name}; give that, or another --out, or "
+                            "--no-resume to start again")  # fmt: skip
     return state
 
 
@@ -122,6 +130,16 @@ def start_run(args: argparse.Namespace, config: dict):
     for name in ("projector.pth", "state.pth", "metrics.jsonl", "exam.json", "loss.png"):
         (args.out / name).unlink(missing_ok=True)
     write_json(args.out / "config.json", config)
+
+
+def check_room(out: Path, trained: int):
+    """Raises UserError unless the disk has room for two states, one of which replaces the other, and the weights."""
+    needed = (2 * STATE_BYTES + WEIGHT_BYTES) * trained
+    existing = [path for path in (out / "state.pth", out / "consolidated.00.pth") if path.is_file()]
+    free = shutil.disk_usage(out).free + sum(path.stat().st_size for path in existing)
+    if free < needed:
+        raise UserError(f"{out}: its state and weights need {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free; "
+                        "free some space or give another --out")  # fmt: skip
 
 
 def resume(out: Path, state: dict, net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -213,13 +231,15 @@ def open_examples(args: argparse.Namespace) -> tuple[Examples, Pictures | None]:
     return examples, Pictures(images) if images else None
 
 
-def run_config(args: argparse.Namespace, model: LLaVA, llama: Path, vision: Path, n_samples: int) -> dict:
-    """config.json: every flag, and what evaluation and chat must agree with."""
+def run_config(args: argparse.Namespace, model: LLaVA, llama: Path, vision: Path, examples: Examples) -> dict:
+    """config.json: every flag, the content of the inputs, and what evaluation and chat must agree with."""
     settings = {name: value for name, value in vars(args).items() if name not in ("resume", "out", "name")}
     for name in ("llama", "vision", "projector", "init_from", "images"):
         settings[name] = settings[name] and checkpoint.portable(settings[name], args.out)
-    settings |= {"data": [checkpoint.portable(path, args.out) for path in args.data], "samples": n_samples}
-    return dict(settings=settings, stage=args.stage, template=TEMPLATE, prompt=SCIENCEQA_PROMPT,
+    settings["data"] = [checkpoint.portable(path, args.out) for path in args.data]
+    contents = {"data": examples.checksum(), "llama": checkpoint.fingerprint(model.llama),
+                "vision": checkpoint.fingerprint(model.vision)}  # fmt: skip
+    return dict(settings=settings, contents=contents, stage=args.stage, template=TEMPLATE, prompt=SCIENCEQA_PROMPT,
                 precision=args.precision, feature_layer=model.vision.feature_layer, preprocessing=PREPROCESSING,
                 torch=torch.__version__, llama=checkpoint.portable(llama, args.out),
                 vision=checkpoint.portable(vision, args.out))  # fmt: skip
@@ -272,7 +292,8 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
     total = min(args.epochs * shares.per_epoch, args.max_steps or math.inf)
 
     # The run directory, new or continued; the model on the devices; the optimizer of what trains.
-    config = run_config(args, model, llama, vision, len(examples))
+    config = run_config(args, model, llama, vision, examples)
+    by_process_0(lambda: check_room(args.out, trained))
     state = enter_run(args, config, begun)
     net = distribute(model, args.parallel, device, dtype)
     parameters = [p for p in net.parameters() if p.requires_grad]

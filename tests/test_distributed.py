@@ -240,6 +240,15 @@ def test_fsdp_in_one_process_of_torchrun_continues_a_run_of_ddp(inputs, pairs, t
     assert_near(tmp_path / "run", pairs / "one-stage2")
 
 
+def test_rank_without_torchrun_is_refused(monkeypatch):
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="RANK is set, but not WORLD_SIZE and MASTER_ADDR.*torchrun"):
+        with distributed.processes():
+            pass
+
+
 # --- interruption and faults
 
 

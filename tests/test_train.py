@@ -12,6 +12,7 @@ import pickle
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import time
 import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -588,14 +590,45 @@ def test_a_damaged_state_is_refused_in_one_line(inputs, tmp_path):
     assert (tmp_path / "projector.pth").read_bytes() == projector
 
 
-def test_the_number_of_samples_is_a_setting(inputs, tmp_path):
-    (tmp_path / "captions.json").write_bytes((inputs / "captions.json").read_bytes())
-    command = flags(inputs, tmp_path / "run", data=tmp_path / "captions.json", max_steps=2)
+def change_record(path):
+    path.write_text(path.read_text().replace("big red", "big blue", 1))
+
+
+def change_norm(path):
+    weights = torch.load(path / "consolidated.00.pth", weights_only=True)
+    torch.save(weights | {"norm.weight": weights["norm.weight"] * 2}, path / "consolidated.00.pth")
+
+
+def change_bias(path):
+    weights = torch.load(path, weights_only=True)
+    torch.save(weights | {"visual.ln_pre.bias": weights["visual.ln_pre.bias"] + 1}, path)
+
+
+@pytest.mark.parametrize("flag, change", [("data", change_record), ("llama", change_norm), ("vision", change_bias)])
+def test_inputs_may_move_but_not_change(inputs, tmp_path, flag, change):
+    for name in ("captions.json", "vit.pt", "images", "llama"):
+        copy = shutil.copytree if (inputs / name).is_dir() else shutil.copy
+        copy(inputs / name, tmp_path / name)
+    command = flags(inputs, tmp_path / "run", max_steps=2)
     in_process(command)
-    in_process([*command, "--data", str(tmp_path / "run/../captions.json")])  # the same file by another path
-    (tmp_path / "captions.json").write_text(json.dumps(json.loads((inputs / "captions.json").read_text())[1:]))
-    with pytest.raises(UserError, match="began with --samples 30, now it is 29"):
+    moved = {"data": tmp_path / "captions.json", "llama": tmp_path / "llama", "vision": tmp_path / "vit.pt"}
+    command = flags(inputs, tmp_path / "run", max_steps=2, images=tmp_path / "images", **moved)
+    in_process(command)
+    change(moved[flag])
+    with pytest.raises(UserError, match=f"began with another content of --{flag}"):
         in_process(command)
+
+
+def test_a_disk_without_room_is_refused_before_the_training(inputs, tmp_path, monkeypatch):
+    command, needed = flags(inputs, tmp_path), 28 * 32 * 64  # bytes, for W
+    for free, enough in (needed - 1, False), (needed, True):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        if enough:
+            in_process(command)
+        else:
+            with pytest.raises(UserError, match="need 0.0 GiB, and 0.0 are free"):
+                in_process(command)
+            assert not (tmp_path / "config.json").exists()
 
 
 def test_only_one_process_trains_in_a_directory(inputs, tmp_path):
