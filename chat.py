@@ -10,13 +10,14 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import checkpoint
 from common import ArgumentParser, UserError, number, printable, run_command, write_json
-from conversation import IMAGE, STOP, TEMPLATE, stop_ids, surface, tokenize
+from conversation import IMAGE, TEMPLATE, answer_text, has_ended, tokenize
 from data import read_pixels
 
 TRAINED_BY = "torchrun train.py --stage 2"
@@ -59,25 +60,24 @@ class Chat:
         ids = torch.from_numpy(tokenize(self.sp, turns, self.model.vision.config.n_patches if self.path else 0)[0])
         if len(ids) >= self.max_length:
             inform("the conversation is longer than those that the model was trained on; /reset starts again")
-        steps = self.model.generate(ids.to(self.device), [0, len(ids)], self.pixels.to(self.device), stop_ids(self.sp),
-                                    *self.sampling)  # fmt: skip
-        new_ids, answer, stop, shown = [], "", "", ""  # shown: the part of the answer that was yielded
+        steps = self.model.generate(ids.to(self.device), [0, len(ids)], self.pixels.to(self.device),
+                                    partial(has_ended, self.sp), *self.sampling)  # fmt: skip
+        answer, shown = "", ""  # shown: the part of the answer that was yielded
         try:
-            while not stop:
+            while True:
                 with self.autocast:  # per step: the caller may take the next piece in another thread
-                    step = next(steps, None)
-                if step is None:
+                    answers = next(steps, None)
+                if answers is None:
                     break
-                new_ids.append(step[0])
-                answer, stop, _ = printable(surface(self.sp, new_ids), keep="\n\t").lstrip().partition(STOP)
+                answer = printable(answer_text(self.sp, answers[0]), keep="\n\t")
                 # Half a character or half of <STOP> at the end waits for the next token.
-                if piece := answer.rstrip("# \n\t\ufffd")[len(shown) :]:
+                if piece := answer.rstrip("#\ufffd").rstrip()[len(shown) :]:
                     shown += piece
                     yield piece
         finally:
-            if answer.strip():
-                self.turns = [*turns, answer.strip()]
-        yield answer.rstrip()[len(shown) :]
+            if answer:
+                self.turns = [*turns, answer]
+        yield answer[len(shown) :]
 
     def save(self, path: Path):
         """Writes the conversation in the format that train.py and the original read."""

@@ -129,16 +129,6 @@ def system_ids(sp: SentencePieceProcessor, system: str = SYSTEM) -> list[int]:
     return [sp.bos_id()] + sp.encode(f"{system}\n\n{STOP} Human:")
 
 
-def stop_ids(sp: SentencePieceProcessor) -> list[list[int]]:
-    """The token sequences that end an answer: <STOP>, `###` at the start of a line, and `</s>`.
-
-    Models of later templates, such as Vicuna 1.1, end their answers with `</s>`. A tokenizer without it has the id -1,
-    which no model generates.
-    """
-    line = sp.encode("\n" + STOP, return_type="offset_mapping")
-    return [[id for id, (begin, _) in zip(line["ids"], line["offsets"]) if begin >= 1], [sp.eos_id()]]
-
-
 # --- ids -> text
 
 
@@ -148,6 +138,15 @@ def surface(sp: SentencePieceProcessor, ids: Iterable[int]) -> str:
     sp.decode drops the space at the start of a text, so a `#` stands before the ids while it decodes them.
     """
     return sp.decode([*sp.encode("#"), *(int(id) for id in ids if id != IMAGE_ID)]).removeprefix("#")
+
+
+def has_ended(sp: SentencePieceProcessor, ids: list[int]) -> bool:
+    """True if these ids of an answer end with <STOP>, or with `</s>`, as models of later templates do."""
+    return ids[-1] == sp.eos_id() or STOP in surface(sp, ids[-len(STOP) :])  # `#` is a piece of its own at worst
+
+
+def answer_text(sp: SentencePieceProcessor, ids: list[int]) -> str:
+    return surface(sp, ids).partition(STOP)[0].strip()
 
 
 def stretches(sp: SentencePieceProcessor, ids: np.ndarray, green: np.ndarray) -> Iterator[tuple[str, int, str]]:

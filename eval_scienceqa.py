@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 import checkpoint
 from common import ArgumentParser, UserError, append_lines, number, read_json, replacing, run_command, write_json
-from conversation import STOP, TEMPLATE, stop_ids, surface, tokenize
+from conversation import TEMPLATE, answer_text, has_ended, tokenize
 from data import LETTERS, SCIENCEQA_PROMPT, Encoder, Example, Pictures, read_records, read_scienceqa, scienceqa_question
 from distributed import by_process_0, gathered, processes
 from model import LLaVA
@@ -42,9 +43,8 @@ def ask(model: LLaVA, encoder: Encoder, prompts: list[Example], max_new_tokens: 
     """The model's greedy answers to one batch of prompts, each of which ends with a human's turn."""
     batch = encoder.stream([encoder.encode(prompt) for prompt in prompts])
     ids, _, borders, pixels = batch.to(model.projector.weight.device)
-    answers = model.answers(ids, borders, pixels, stop_ids(encoder.sp), max_new_tokens)
-    # The model may spell <STOP> in other pieces than `stop_ids`, and then generation does not stop at it.
-    return [surface(encoder.sp, answer).partition(STOP)[0].strip() for answer in answers]
+    *_, answers = model.generate(ids, borders, pixels, partial(has_ended, encoder.sp), max_new_tokens)
+    return [answer_text(encoder.sp, answer) for answer in answers]
 
 
 def answer_split(args: argparse.Namespace, problems: list[dict], rank: int, world_size: int,
@@ -52,7 +52,7 @@ def answer_split(args: argparse.Namespace, problems: list[dict], rank: int, worl
     """The model's answers {id: text}, and a description of the model. All processes take part.
 
     The split is cut into the same batches whatever the number of processes, so the answers do not depend on it. Each
-    batch adds a line [fingerprint, {id: text}] to args.partial, from which an interrupted evaluation continues.
+    batch adds a line [key, {id: text}] to args.partial, from which an interrupted evaluation continues.
     """
     expected = dict(template=TEMPLATE, prompt=SCIENCEQA_PROMPT, stage=2)
     model, sp, config, autocast = checkpoint.open_run(args.model, device, TRAINED_BY, **expected)
@@ -65,7 +65,7 @@ def answer_split(args: argparse.Namespace, problems: list[dict], rank: int, worl
     prompts.sort(key=lambda p: len(tokenize(sp, p.turns, encoder.n_patches if p.image else 0)[0]), reverse=True)
     batches = [prompts[i : i + args.batch_size] for i in range(0, len(prompts), args.batch_size)]
 
-    key = fingerprint(args, prompts)
+    key = partial_key(args, prompts)
     answers = by_process_0(lambda: earlier_answers(args.partial, key))
     if answers and rank == 0:
         print(f"{len(answers)} of {len(problems)} questions were answered before; continuing with the others")
@@ -85,14 +85,14 @@ def answer_split(args: argparse.Namespace, problems: list[dict], rank: int, worl
                      f"{model.vision.feature_layer}, pictures of {encoder.image_size} px")  # fmt: skip
 
 
-def fingerprint(args: argparse.Namespace, prompts: list[Example]) -> str:
-    """A checksum of what the answers depend on. W stands for the model, all of which trained together with it."""
+def partial_key(args: argparse.Namespace, prompts: list[Example]) -> str:
+    """A checksum of what the answers depend on. W identifies the model, because it changes in every training."""
     settings = [TEMPLATE, prompts, args.max_new_tokens, checkpoint.checksum(args.model / "projector.pth")]
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
 
 def earlier_answers(partial: Path, key: str) -> dict[str, str]:
-    """The answers {id: text} of an interrupted evaluation with this fingerprint."""
+    """The answers {id: text} of an interrupted evaluation with this key."""
     append_lines(partial, [""])  # creates the file, or ends a line that a kill cut off
     answers = {}
     for line in partial.read_text().splitlines():

@@ -222,9 +222,8 @@ class KVCache:
     ROOM = 64  # positions by which the rows grow when the longest one is full
 
     def __init__(self, borders: list[int], device: torch.device | None = None):
-        self.borders, self.layers = borders, []
-        self.stream = StreamAttention(borders)
-        lengths = [borders[0] + end - start for start, end in pairwise(borders)]
+        self.stream, self.layers = StreamAttention(borders), []
+        lengths = [self.stream.S + length for length in self.stream.lengths]
         self.lengths, self.longest = torch.tensor(lengths, device=device), max(lengths)
 
     def prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor:
@@ -235,12 +234,9 @@ class KVCache:
 
     def rows_of(self, t: torch.Tensor) -> torch.Tensor:
         """(N, K, hd) of the stream -> (B, K, room, hd), so that a step reads the positions of a head side by side."""
-        S = self.borders[0]
-        rows = t.new_zeros(len(self.borders) - 1, t.shape[1], self.longest + self.ROOM, t.shape[2])
-        for row, (start, end) in zip(rows, pairwise(self.borders)):
-            row[:, :S] = t[:S].transpose(0, 1)
-            row[:, S : S + end - start] = t[start:end].transpose(0, 1)
-        return rows
+        room = self.longest + self.ROOM
+        rows = [F.pad(row, (0, 0, 0, 0, 0, room - len(row))) for row in self.stream.after_message(t)]
+        return torch.stack(rows).transpose(1, 2).contiguous()
 
     def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor:
         """Attention of one new token per row, (B, heads, hd), after storing its key and value at the row's length."""
@@ -330,31 +326,29 @@ class LLaVA(nn.Module):
         return F.cross_entropy(logits.float(), ids[target], reduction="sum")
 
     @torch.no_grad()
-    def generate(self, ids: torch.Tensor, borders: list[int], pixels: torch.Tensor, stop: list[list[int]],
-                 max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
-                 seed: int = 0) -> Iterator[dict[int, int]]:  # fmt: skip
-        """Answers the B prompts of a stream together, each until it ends with one of the sequences of `stop`.
+    def generate(self, ids: torch.Tensor, borders: list[int], pixels: torch.Tensor,
+                 has_ended: Callable[[list[int]], bool], max_new_tokens: int, temperature: float = 0.0,
+                 top_p: float = 1.0, seed: int = 0) -> Iterator[list[list[int]]]:  # fmt: skip
+        """Answers the B prompts of a stream together; yields all answers so far after each step.
 
-        ids (N,), pixels: as in `embed`. stop: as `stop_ids` returns them.
+        ids (N,), pixels: as in `embed`. has_ended(answer): whether these ids end an answer.
         temperature: 0 = always the most likely token.
         top_p: samples among the fewest tokens that hold this probability.
         seed: each prompt has its own generator, so its answer does not depend on its neighbours.
-
-        Yields {prompt index: its new token} after each step, the tokens of `stop` included.
         """
         cache = KVCache(borders, ids.device)
         last = torch.tensor(borders[1:], device=ids.device) - 1  # of each prompt
         x = self.embed(ids, pixels)  # (N, dim)
         x = self.llama(x, position_ids(borders, ids.device), cache.prefill, wanted=last)  # (B, dim)
         rows = list(range(len(last)))  # the prompts whose answers continue
-        answers = [[] for _ in rows]
+        answers: list[list[int]] = [[] for _ in rows]
         rngs = [torch.Generator().manual_seed(seed + i) for i in rows]
         for step in range(max_new_tokens):
             tokens = choose(self.llama.logits(x).float().cpu(), temperature, top_p, [rngs[i] for i in rows])
             for i, token in zip(rows, tokens):
                 answers[i].append(token)
-            yield dict(zip(rows, tokens))
-            going = [j for j, i in enumerate(rows) if not length_of_stop(answers[i], stop)]
+            yield answers
+            going = [j for j, i in enumerate(rows) if not has_ended(answers[i])]
             if not going or step + 1 == max_new_tokens:
                 return
             if len(going) < len(rows):
@@ -363,20 +357,6 @@ class LLaVA(nn.Module):
             x = self.llama.tok_embeddings(torch.tensor(tokens, device=ids.device))  # (rows, dim)
             x = self.llama(x, cache.lengths, cache.step)
             cache.advance()
-
-    def answers(self, ids: torch.Tensor, borders: list[int], pixels: torch.Tensor, stop: list[list[int]],
-                max_new_tokens: int, **settings) -> list[list[int]]:  # fmt: skip
-        """Runs `generate` to its end: the new ids of each prompt, without their stop."""
-        answers = [[] for _ in borders[1:]]
-        for step in self.generate(ids, borders, pixels, stop, max_new_tokens, **settings):
-            for i, token in step.items():
-                answers[i].append(token)
-        return [answer[: len(answer) - length_of_stop(answer, stop)] for answer in answers]
-
-
-def length_of_stop(answer: list[int], stop: list[list[int]]) -> int:
-    """The number of tokens of the stop sequence with which an answer ends; 0 if it does not end."""
-    return next((len(tokens) for tokens in stop if answer[-len(tokens) :] == tokens), 0)
 
 
 def choose(logits: torch.Tensor, temperature: float, top_p: float, rngs: list[torch.Generator]) -> list[int]:

@@ -152,7 +152,8 @@ class Ours:
         return [p.grad for p in found]
 
     def answers(self) -> list[list[int]]:
-        return self.model.answers(self.ids, self.borders, self.pixels, [], MAX_NEW_TOKENS)
+        *_, answers = self.model.generate(self.ids, self.borders, self.pixels, lambda ids: False, MAX_NEW_TOKENS)
+        return answers
 
 
 class Theirs:

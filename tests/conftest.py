@@ -243,3 +243,13 @@ def stream(samples: list, system: Sequence[int] = ()) -> tuple[torch.Tensor, tor
     system_ids, system_green = torch.tensor(system, dtype=torch.long), torch.zeros(len(system), dtype=torch.bool)
     borders = list(accumulate([len(system), *map(len, ids)]))
     return torch.cat([system_ids, *ids]), torch.cat([system_green, *green]), borders, torch.cat(pixels)
+
+
+def generated(llava: LLaVA, *batch, stop: Sequence[list[int]] = (), **settings) -> list[list[int]]:
+    """What `LLaVA.generate` answers, without the sequence of `stop` at the end of each answer."""
+
+    def length_of_stop(ids: list[int]) -> int:
+        return next((len(tokens) for tokens in stop if ids[-len(tokens) :] == tokens), 0)
+
+    *_, found = llava.generate(*batch, lambda ids: length_of_stop(ids) > 0, **settings)
+    return [ids[: len(ids) - length_of_stop(ids)] for ids in found]

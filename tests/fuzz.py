@@ -45,7 +45,7 @@ import data
 import distributed
 import eval_scienceqa
 from common import UserError, reason
-from conversation import show, stop_ids, tokenize
+from conversation import show, system_ids, tokenize
 from model import LLaMA, LLaMAConfig
 from tools.import_llava import import_llava
 from vision import VisionConfig, VisionTransformer
@@ -139,7 +139,7 @@ LOADERS = {  # name -> folder, loader
     "load_run, stage 1": ("run", lambda folder: checkpoint.load_run(folder / "run")),
     "load_run, stage 2": ("stage2", lambda folder: checkpoint.load_run(folder / "run")),
     "load_state": ("state", read_state),
-    "load_tokenizer": ("tokenizer", lambda folder: stop_ids(checkpoint.load_tokenizer(folder / "tokenizer.model"))),
+    "load_tokenizer": ("tokenizer", lambda folder: system_ids(checkpoint.load_tokenizer(folder / "tokenizer.model"))),
     "import_llava, transformers": ("llava", read_llava),
     "import_llava, original": ("original", read_llava),
 }

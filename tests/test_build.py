@@ -4,12 +4,14 @@ import dataclasses
 import random
 
 import numpy as np
+from functools import partial
+
 import pytest
 import torch
 
 import checkpoint
 import data
-from conversation import IMAGE_ID, load_tokenizer, stop_ids, surface, system_ids
+from conversation import IMAGE_ID, answer_text, has_ended, load_tokenizer, system_ids
 from formats.tensors import load_weights
 from demo import build, world
 from demo.exam import mean_caption_score
@@ -40,8 +42,8 @@ def test_the_llama_looks_things_up_in_a_scene_described_in_words(sp, untrained):
         after_system = slice(len(encoder.system), None)
         samples.append(data.Sample(text.ids[after_system, 0], text.green[after_system]))
     ids, _, borders, pixels = encoder.stream(samples).to(torch.device("cpu"))
-    answers = untrained.answers(ids, borders, pixels, stop_ids(sp), max_new_tokens=48)
-    captions = [surface(sp, answer).strip() for answer in answers]
+    *_, answers = untrained.generate(ids, borders, pixels, partial(has_ended, sp), max_new_tokens=48)
+    captions = [answer_text(sp, answer) for answer in answers]
     assert mean_caption_score(captions, scenes)["all"] > 0.9
     assert mean_caption_score(captions, scenes[1:] + scenes[:1])["all"] < 0.5
 

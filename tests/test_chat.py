@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from functools import partial
 import time
 
 import pytest
@@ -21,18 +22,18 @@ from test_eval_scienceqa import ENVIRONMENT, run, tiny_run  # noqa: F401  (run i
 
 import chat
 from common import UserError, printable
-from conversation import STOP, stop_ids, surface, tokenize
+from conversation import answer_text, has_ended, tokenize
 from data import Examples
 from vision import open_picture, preprocess
 
 
 def script(talker, text, *tokens, then=None):
     """Makes the model generate this text, then these tokens, and then raise `then`."""
-    generated = [*talker.sp.encode(text), *tokens]
+    tokens = [*talker.sp.encode(text), *tokens]
 
     def generate(*_, **__):
-        for token in generated:
-            yield {0: token}
+        for i in range(len(tokens)):
+            yield [tokens[: i + 1]]
         if then:
             raise then
 
@@ -44,8 +45,8 @@ def whole_answer(talker, turns, pixels=None) -> str:
     sp = talker.sp
     ids = torch.from_numpy(tokenize(sp, turns, 16 if pixels is not None else 0)[0])
     pixels = torch.zeros(0, 3, 32, 32, dtype=torch.uint8) if pixels is None else torch.from_numpy(pixels[None])
-    [answer] = talker.model.answers(ids, [0, len(ids)], pixels, stop_ids(sp), 20)
-    return printable(surface(sp, answer), keep="\n\t").partition(STOP)[0].strip()
+    *_, [answer] = talker.model.generate(ids, [0, len(ids)], pixels, partial(has_ended, sp), 20)
+    return printable(answer_text(sp, answer), keep="\n\t")
 
 
 def main(monkeypatch, *arguments, stdin=b""):
@@ -121,9 +122,9 @@ def test_an_answer_may_continue_in_another_thread(talker):
     talker.autocast = torch.autocast("cpu", torch.bfloat16)
 
     def generate(*_, **__):
-        for token in tokens:
+        for i in range(len(tokens)):
             states.append(torch.is_autocast_enabled("cpu"))
-            yield {0: token}
+            yield [tokens[: i + 1]]
 
     talker.model.generate = generate
     answer, pieces = talker.ask("Hi"), []

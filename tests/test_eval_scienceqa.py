@@ -11,6 +11,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from PIL import Image
 import checkpoint
 import eval_scienceqa
 from common import UserError
-from conversation import TEMPLATE, stop_ids, surface, tokenize
+from conversation import TEMPLATE, answer_text, has_ended, tokenize
 from data import SCIENCEQA_PROMPT, Encoder, Example, Pictures, read_scienceqa, scienceqa_question
 from eval_scienceqa import ask
 from model import LLaMA, LLaMAConfig, Projection
@@ -243,8 +244,8 @@ def test_an_answer_is_that_of_the_full_prompt_alone(alone, run, quiz):
         pixels = (
             torch.from_numpy(sample.pixels[None]) if p["image_path"] else torch.zeros(0, 3, 32, 32, dtype=torch.uint8)
         )
-        [answer] = model.answers(torch.from_numpy(ids), [0, len(ids)], pixels, stop_ids(sp), 12)
-        assert surface(sp, answer).strip() == outputs[p["id"]] != ""
+        *_, [answer] = model.generate(torch.from_numpy(ids), [0, len(ids)], pixels, partial(has_ended, sp), 12)
+        assert answer_text(sp, answer) == outputs[p["id"]] != ""
 
 
 def test_the_longest_prompts_come_first(run, quiz, tmp_path, monkeypatch):
@@ -263,12 +264,12 @@ def test_the_longest_prompts_come_first(run, quiz, tmp_path, monkeypatch):
     assert [len(batch) for batch in asked] == [8, 8, 8, 2] and lengths == sorted(lengths, reverse=True)
 
 
-def test_stop_ends_an_answer_in_whatever_pieces_it_is_spelled(run, quiz):
-    """Generation compares tokens, but `###` may also come as `##` and `#`, or in bytes."""
+def test_stop_ends_an_answer_in_whatever_pieces_it_is_spelled(run, monkeypatch):
     model, sp, _ = checkpoint.load_run(run)
-    spelled = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in b"red\n###x"]
-    model.answers = lambda *a, **k: [spelled]
-    assert ask(model, Encoder(sp, 16, 32, Pictures(quiz)), [Example("1", ["Which?"])], 12) == ["red"]
+    tokens = iter([sp.piece_to_id(f"<0x{byte:02X}>") for byte in b"red\n###x"])
+    monkeypatch.setattr("model.choose", lambda logits, *_: [next(tokens)] * len(logits))
+    assert ask(model, Encoder(sp, 16, 32), [Example("1", ["Which?"])], 99) == ["red"]
+    assert len(list(tokens)) == 1
 
 
 def test_eos_ends_an_answer(run, monkeypatch):
@@ -392,15 +393,15 @@ def test_two_processes_write_the_same_and_one_continues_what_two_began(alone, ru
     assert read(killed)["outputs"] == read(alone)["outputs"] and not list(killed.parent.glob("*.partial"))
 
 
-def test_the_fingerprint_covers_model_questions_and_settings(run, tmp_path):
+def test_the_key_covers_model_questions_and_settings(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     args = argparse.Namespace(model=tmp_path / "run", max_new_tokens=12)
     prompts = [Example("1", ["<image>\nWhich?"], "a.png"), Example("2", ["What?"])]
-    keys = {eval_scienceqa.fingerprint(args, prompts)}
-    assert eval_scienceqa.fingerprint(args, list(prompts)) in keys
+    keys = {eval_scienceqa.partial_key(args, prompts)}
+    assert eval_scienceqa.partial_key(args, list(prompts)) in keys
 
     def assert_new(prompts):
-        key = eval_scienceqa.fingerprint(args, prompts)
+        key = eval_scienceqa.partial_key(args, prompts)
         assert key not in keys
         keys.add(key)
 

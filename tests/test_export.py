@@ -4,15 +4,17 @@ import dataclasses
 import json
 import random
 
+from functools import partial
+
 import pytest
 import torch
 import transformers
-from conftest import SHARED, VIT, randomize, tiny_llama, tiny_vit
+from conftest import SHARED, VIT, generated as greedy, randomize, tiny_llama, tiny_vit
 from PIL import Image
 
 import checkpoint
 from common import UserError
-from conversation import IMAGE, IMAGE_ID, render, stop_ids, surface, system_ids, tokenize
+from conversation import IMAGE, IMAGE_ID, answer_text, has_ended, render, system_ids, tokenize
 from data import scienceqa_question
 from demo.world import LLAMA, VISION
 from model import LLaMA, Projection, StreamAttention, position_ids
@@ -81,7 +83,7 @@ def test_logits_and_greedy_answers_are_the_runs(exported, turns):
     assert (logits[:, :rows] - expected).abs().max() < 1e-4
     if rows == image_id:
         assert (logits[:, image_id] == logits[:, sp.unk_id()]).all()  # <image> is never the most likely token
-    answer = model.answers(ids, borders, pixels, [], 12)[0]
+    [answer] = greedy(model, ids, borders, pixels, max_new_tokens=12)
     assert theirs.generation_config.suppress_tokens == [image_id]
     generated = theirs.generate(**inputs, max_new_tokens=12, eos_token_id=-1, stop_strings=None)
     assert generated[0, len(ids) :].tolist() == answer
@@ -118,15 +120,15 @@ def test_the_demos_answers_end_at_stop(tmp_path):
     pixels = torch.from_numpy(preprocess(image, model.vision.config.image_size))[None]
     question = "Describe this picture in short."
     ids = torch.from_numpy(tokenize(sp, [f"<image>\n{question}"], model.vision.config.n_patches)[0])
-    answer = model.answers(ids, [0, len(ids)], pixels, stop_ids(sp), 64)[0]
+    *_, [answer] = model.generate(ids, [0, len(ids)], pixels, partial(has_ended, sp), 64)
     assert 2 < len(answer) < 60
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(images=Image.open(tmp_path / "picture.png"), text=prompt, return_tensors="pt")
     generated = theirs.generate(**inputs, tokenizer=processor.tokenizer)[0, inputs["input_ids"].shape[1] :]
-    assert generated.tolist() == answer + stop_ids(sp)[0]
+    assert generated.tolist() == answer
     text = processor.decode(generated, skip_special_tokens=True)
-    assert text.removesuffix("\n###").strip() == surface(sp, answer).strip()
+    assert text.removesuffix("\n###").strip() == answer_text(sp, answer)
 
 
 def test_the_tokenizer_of_llama(llama_tokenizer):

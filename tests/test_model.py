@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (VIT, VOCAB, error, in_transformers, llama_twin, llava_twin, randomize, sample, samples, stream,
+from conftest import (VIT, VOCAB, error, generated, in_transformers, llama_twin, llava_twin, randomize, sample, samples, stream,
                       tiny_llama, tiny_llava)  # fmt: skip
 
 import model
@@ -270,7 +270,7 @@ def test_the_last_feed_forward_computes_the_wanted_rows_only():
     assert rows == [len(batch[0]), int(batch[1].sum())]
     rows.clear()
     ids, borders, pixels = prompt_stream(prompts(), SYSTEM)
-    llava.answers(ids, borders, pixels, stop=[], max_new_tokens=1)
+    generated(llava, ids, borders, pixels, stop=[], max_new_tokens=1)
     assert rows == [len(ids), 4]
 
 
@@ -352,7 +352,7 @@ def test_a_frozen_llama_in_bf16_trains_W_and_answers():
     llava.llama.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         loss, gradients = loss_and_gradients(llava, batch)
-        answers = llava.answers(*prompt_stream(prompts(), SYSTEM), stop=[], max_new_tokens=NEW)
+        answers = generated(llava, *prompt_stream(prompts(), SYSTEM), stop=[], max_new_tokens=NEW)
     W = "projector.weight"
     assert loss.dtype == gradients[W].dtype == torch.float32
     assert error(gradients[W], exact[W]) <= 0.2
@@ -467,7 +467,7 @@ def test_greedy_answers_equal_transformers(n_kv_heads, monkeypatch):
     monkeypatch.setattr(KVCache, "ROOM", 5)
     llava = tiny_llava(n_kv_heads)
     twin = llava_twin(llava)
-    answers = llava.answers(*prompt_stream(prompts()), stop=[], max_new_tokens=NEW)
+    answers = generated(llava, *prompt_stream(prompts()), stop=[], max_new_tokens=NEW)
     assert [len(answer) for answer in answers] == [NEW] * 4 and len({tuple(answer) for answer in answers}) == 4
     for (ids, green, pixels), answer in zip(prompts(), answers):
         given = dict(input_ids=ids.where(ids != IMAGE_ID, VOCAB - 1)[None], attention_mask=torch.ones(1, len(ids)))
@@ -475,7 +475,7 @@ def test_greedy_answers_equal_transformers(n_kv_heads, monkeypatch):
             given["pixel_values"] = normalize(pixels)
         assert answer == twin.generate(**given, max_new_tokens=NEW, do_sample=False)[0, len(ids) :].tolist()
         assert answer == recompute(llava, ids, pixels, NEW)
-        assert [answer] == llava.answers(*prompt_stream([(ids, green, pixels)]), stop=[], max_new_tokens=NEW)
+        assert [answer] == generated(llava, *prompt_stream([(ids, green, pixels)]), stop=[], max_new_tokens=NEW)
 
 
 def test_answers_behind_a_system_message_equal_those_with_the_message_written_out(monkeypatch):
@@ -484,12 +484,12 @@ def test_answers_behind_a_system_message_equal_those_with_the_message_written_ou
     expected = recompute_all(llava, written_out(prompts()))
     assert expected != recompute_all(llava, prompts())
     batch = prompt_stream(prompts(), SYSTEM)
-    assert llava.answers(*batch, stop=[], max_new_tokens=NEW) == expected
+    assert generated(llava, *batch, stop=[], max_new_tokens=NEW) == expected
     stop = expected[2][4:6]
     expected = [before_stop(answer, stop) for answer in expected]
-    assert llava.answers(*batch, stop=[stop], max_new_tokens=NEW) == expected
+    assert generated(llava, *batch, stop=[stop], max_new_tokens=NEW) == expected
     for prompt, answer in zip(prompts(), expected):
-        assert llava.answers(*prompt_stream([prompt], SYSTEM), stop=[stop], max_new_tokens=NEW) == [answer]
+        assert generated(llava, *prompt_stream([prompt], SYSTEM), stop=[stop], max_new_tokens=NEW) == [answer]
 
 
 @pytest.mark.parametrize("length", [1, 2])
@@ -500,7 +500,7 @@ def test_each_answer_ends_at_its_own_stop(length):
     seen = set()
     for stop in {tuple(answer[i : i + length]) for answer in answers for i in range(NEW - length + 1)}:
         expected = [before_stop(answer, list(stop)) for answer in answers]
-        assert llava.answers(*prompt_stream(prompts()), stop=[list(stop)], max_new_tokens=NEW) == expected
+        assert generated(llava, *prompt_stream(prompts()), stop=[list(stop)], max_new_tokens=NEW) == expected
         seen.add(tuple(len(answer) for answer in expected))
     assert any(len(set(lengths) - {NEW}) == 2 for lengths in seen) or length == 2, "two must end at different steps"
     assert any(set(lengths) > {NEW} for lengths in seen), "some must end before others"
@@ -512,38 +512,42 @@ def test_any_of_several_sequences_ends_an_answer():
     stop = [answers[0][2:4], answers[1][4:5], [-1]]
     expected = [min((before_stop(answer, tokens) for tokens in stop), key=len) for answer in answers]
     assert [len(answer) for answer in expected[:2]] != [NEW, NEW]
-    assert llava.answers(*prompt_stream(prompts()), stop=stop, max_new_tokens=NEW) == expected
+    assert generated(llava, *prompt_stream(prompts()), stop=stop, max_new_tokens=NEW) == expected
 
 
-def test_steps_yield_the_tokens_of_the_stop_and_only_rows_that_continue():
+def test_steps_yield_all_answers_and_lengthen_those_that_have_not_ended():
     llava = tiny_llava()
-    answers = recompute_all(llava, prompts())
-    stop = answers[1][3:5]
-    steps = list(llava.generate(*prompt_stream(prompts()), stop=[stop], max_new_tokens=NEW))
-    for i, answer in enumerate(answers):
-        yielded = answer[: len(before_stop(answer, stop)) + len(stop)]
-        assert [step[i] for step in steps if i in step] == yielded
-        assert all(i in step for step in steps[: len(yielded)])
+    whole = recompute_all(llava, prompts())
+    stop = whole[1][3:5]
+    ends = [whole_length(answer, stop) for answer in whole]
+    assert len(set(ends)) > 1
+    for step, answers in enumerate(llava.generate(*prompt_stream(prompts()), lambda ids: ids[-2:] == stop, NEW)):
+        assert answers == [answer[: min(step + 1, end)] for answer, end in zip(whole, ends)]
+
+
+def whole_length(answer, stop) -> int:
+    """The length of an answer with the stop at which it ends; NEW if it has none."""
+    return min(NEW, len(before_stop(answer, stop)) + len(stop))
 
 
 def test_sampled_answers_depend_on_the_seed_and_not_on_the_neighbours():
     llava = tiny_llava()
     settings = dict(stop=[], max_new_tokens=NEW, temperature=1.5, top_p=0.9)
-    answers = llava.answers(*prompt_stream(prompts()), seed=3, **settings)
-    assert answers == llava.answers(*prompt_stream(prompts()), seed=3, **settings)
-    assert answers != llava.answers(*prompt_stream(prompts()), seed=30, **settings)
-    assert answers[:2] == llava.answers(*prompt_stream(prompts()[:2]), seed=3, **settings)
+    answers = generated(llava, *prompt_stream(prompts()), seed=3, **settings)
+    assert answers == generated(llava, *prompt_stream(prompts()), seed=3, **settings)
+    assert answers != generated(llava, *prompt_stream(prompts()), seed=30, **settings)
+    assert answers[:2] == generated(llava, *prompt_stream(prompts()[:2]), seed=3, **settings)
     settings["stop"] = [answers[0][2:3]]  # ends the first answer early: the others keep their own generators
     expected = [before_stop(answer, settings["stop"][0]) for answer in answers]
-    assert llava.answers(*prompt_stream(prompts()), seed=3, **settings) == expected
+    assert generated(llava, *prompt_stream(prompts()), seed=3, **settings) == expected
 
 
 def test_equal_prompts_have_generators_of_their_own():
     llava, (first, second, *_) = tiny_llava(), prompts()
     settings = dict(stop=[], max_new_tokens=NEW, temperature=1.0, seed=3)
-    answers = llava.answers(*prompt_stream([first] * 3), **settings)
+    answers = generated(llava, *prompt_stream([first] * 3), **settings)
     assert len({tuple(answer) for answer in answers}) == 3
-    beside = llava.answers(*prompt_stream([second, first]), **settings)
+    beside = generated(llava, *prompt_stream([second, first]), **settings)
     assert beside[1] == answers[1] and beside[0] != answers[0]
 
 
@@ -559,7 +563,7 @@ def test_a_step_waits_for_the_device_once_at_most(monkeypatch):
     counts = []
     for steps in (5, 9):
         calls.clear()
-        tiny_llava().answers(*prompt_stream(prompts()), stop=[], max_new_tokens=steps)
+        generated(tiny_llava(), *prompt_stream(prompts()), stop=[], max_new_tokens=steps)
         counts.append(len(calls))
     assert counts[1] - counts[0] <= 4
 

@@ -23,7 +23,7 @@ import torch
 
 import checkpoint
 from common import ArgumentParser, UserError, replacing, run_command, write_error, write_json
-from conversation import IMAGE, STOP, SYSTEM, TEMPLATE, stop_ids
+from conversation import IMAGE, STOP, SYSTEM, TEMPLATE
 from formats import huggingface
 from model import LLaMA, LLaVA
 from vision import MEAN, STD, VisionTransformer
@@ -217,7 +217,8 @@ def model_config(model: LLaVA, vision: VisionTransformer, sp, image_id: int) -> 
 
 def generation_config(sp, image_id: int) -> dict:
     """How `generate` ends: at a token, or, where <STOP> is several tokens, at a string (which needs `tokenizer=`)."""
-    stop = stop_ids(sp)[0]
+    line = sp.encode(f"\n{STOP}", return_type="offset_mapping")
+    stop = [id for id, (begin, _) in zip(line["ids"], line["offsets"]) if begin >= 1]  # `###` at the start of a line
     ends = {"eos_token_id": [sp.eos_id(), *stop]} if len(stop) == 1 else {"stop_strings": [f"\n{STOP}"]}
     return special_ids(sp) | ends | {"do_sample": False, "max_new_tokens": 512, "suppress_tokens": [image_id]}
 
