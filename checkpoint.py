@@ -145,7 +145,7 @@ def build(llama: LLaMA, vision: VisionTransformer, projector: Projection | None 
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A checksum of a model's norms and biases, which no two trainings leave alike. It reads few of the weights."""
+    """A checksum of a model's norms and biases. They are few, and differ after every training."""
     digest = hashlib.sha256()
     for p in module.parameters():
         if p.dim() == 1:

@@ -124,8 +124,8 @@ def append_lines(path: Path, lines: list[str]):
     """Adds lines to a file, which is created if it is absent."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as file:
-            file.writelines(f"{line}\n" for line in lines)
+        with open(path, "ab", buffering=0) as file:  # one call, so that lines of several processes do not mix
+            file.write("".join(f"{line}\n" for line in lines).encode())
     except OSError as error:
         raise write_error(path, error) from None
 
@@ -148,11 +148,8 @@ def read_json(path: str | Path, kind: type = object) -> Any:
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{path}: bad JSON in {place}: {error.msg}; is the file complete?") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({reason(error)}); is the path right?") from None
+        raise UserError(f"{path}: cannot be read as JSON ({reason(error)}); is the file complete?") from None
     if not isinstance(data, kind):
         raise UserError(f"{path}: holds a JSON {type(data).__name__}, expected a {kind.__name__}")
     return data

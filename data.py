@@ -399,12 +399,12 @@ class Encoder:
         )
 
 
-def order(types: np.ndarray, epoch: int, seed: int, sampling: str = "proportional") -> np.ndarray:
+def epoch_order(types: np.ndarray, epoch: int, seed: int, sampling: str = "proportional") -> np.ndarray:
     """The samples (n,) that an epoch shows, in order: a pure function of its arguments.
 
     types (n,) int: the response type of each sample, from 0. proportional: each sample once. uniform: each draw takes
-    a type with equal probability, and within a type no sample comes again before all have come (section 4.2.2: the
-    types are "uniformly sampled in training").
+    a type with equal probability, and within a type every sample is drawn once before any is drawn twice (section
+    4.2.2: the types are "uniformly sampled in training").
     """
     rng, n = np.random.default_rng([seed, epoch]), len(types)
     if sampling == "proportional":
@@ -423,13 +423,13 @@ def order(types: np.ndarray, epoch: int, seed: int, sampling: str = "proportiona
 class Share:
     """What one process computes of a global batch."""
 
-    batches: list[Batch] = field(default_factory=list)  # micro-batches
+    micro_batches: list[Batch] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)  # of its samples
     errors: list[str] = field(default_factory=list)  # a line for each sample whose picture cannot be read
-    green: int = 0  # number of green tokens
-    tokens: int = 0  # number of positions
-    cut: int = 0  # number of samples cut to the maximum length
-    failure: str = ""  # why the data workers cannot continue
+    green: int = 0  # the number of green tokens; below, of positions and of samples cut to the maximum length
+    tokens: int = 0
+    cut: int = 0
+    failure: str = ""  # why it could not be computed
 
 
 class Shares:
@@ -445,7 +445,7 @@ class Shares:
     def __getitem__(self, t: int) -> Share:
         epoch, within = divmod(t, self.per_epoch)
         start = within * self.batch_size
-        chosen = order(self.examples.types(), epoch, self.seed, self.sampling)[start : start + self.batch_size]
+        chosen = epoch_order(self.examples.types(), epoch, self.seed, self.sampling)[start : start + self.batch_size]
         samples, share = [], Share()
         for i in chosen[self.rank :: self.world_size].tolist():
             example = self.examples.get(i, epoch)
@@ -454,7 +454,7 @@ class Shares:
                 samples.append(self.encoder.encode(example))
             except ValueError as error:
                 share.errors.append(str(error))
-        share.batches = [self.encoder.stream(group) for group in grouped(samples, self.limit)]
+        share.micro_batches = [self.encoder.stream(group) for group in grouped(samples, self.limit)]
         share.green = sum(int(sample.green.sum()) for sample in samples)
         share.tokens = sum(len(sample.ids) for sample in samples)
         share.cut = sum(sample.cut for sample in samples)
@@ -473,7 +473,7 @@ def grouped(samples: list[Sample], limit: int) -> list[list[Sample]]:
     return groups
 
 
-# --- data workers
+# --- reading ahead of the training
 
 
 def prefetched(shares: Shares, order: range, workers: int) -> Iterator[Share]:

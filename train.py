@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import distributed
 from common import (
     ArgumentParser,
     UserError,
@@ -42,17 +43,7 @@ from common import (
 )
 from conversation import TEMPLATE
 from data import SCIENCEQA_PROMPT, Encoder, Examples, Pictures, Share, Shares, prefetched
-from distributed import (
-    by_process_0,
-    clip_gradients,
-    distribute,
-    exchanged,
-    full_state,
-    gathered,
-    outside_cause,
-    processes,
-    restore,
-)
+from distributed import by_process_0
 from model import LLaVA
 from vision import FEATURE_LAYER, PREPROCESSING
 
@@ -75,119 +66,6 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> fl
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-# --- the run directory
-
-
-def claim(out: Path) -> dict:
-    """Reserves a run directory until this process ends -> the config.json of the run in it; {} if it is new.
-
-    Refuses any other directory, and one in which another process trains.
-    """
-    entries = [path.name for path in out.iterdir()] if out.is_dir() else []
-    config = read_json(out / "config.json", dict) if "config.json" in entries else {}
-    if not isinstance(config.get("settings"), dict) and not all(name.startswith(".") for name in entries):
-        raise UserError(f"{out}: exists and is not a run of train.py; give another --out")
-    append_lines(out / ".lock", [])  # creates the directory too
-    try:
-        import fcntl
-
-        fcntl.lockf(os.open(out / ".lock", os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)  # never closed
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"{out}: another train.py runs in it; wait for it, or give another --out") from None
-    except (ImportError, OSError):
-        pass  # Windows, or a file system without locks
-    return config
-
-
-def enter_run(args: argparse.Namespace, config: dict, begun: dict) -> dict | None:
-    """The state from which the run in --out continues; None after writing a new run's config.json.
-
-    begun: the config.json of the run in it. Refuses to continue with other settings or inputs.
-    """
-    state = checkpoint.load_state(args.out) if args.resume else None
-    if state is None:
-        by_process_0(lambda: start_run(args, config))
-        return None
-    for name, value in config["settings"].items():
-        before = begun["settings"].get(name, value)
-        if name not in MAY_CHANGE and before != value:
-            raise UserError(f"{args.out}: began with --{name.replace('_', '-')} {before}, now it is {value}; give the "
-                            "same settings, or another --out, or --no-resume to start again")  # fmt: skip
-    for name, value in config["contents"].items():
-        if begun.get("contents", {}).get(name, value) != value:
-            raise UserError(f"{args.out}: began with another content of --{name}; give that, or another --out, or "
-                            "--no-resume to start again")  # fmt: skip
-    return state
-
-
-def start_run(args: argparse.Namespace, config: dict):
-    """Writes config.json and removes what an earlier run left, which --no-resume allows."""
-    if args.resume and any((args.out / name).exists() for name in ("projector.pth", "state")):
-        raise UserError(f"{args.out}: holds a trained W, or a state of an earlier version, but no state.pth; give "
-                        "another --out, or --no-resume to train it again")  # fmt: skip
-    for name in ("projector.pth", "state.pth", "metrics.jsonl", "exam.json", "loss.png"):
-        (args.out / name).unlink(missing_ok=True)
-    write_json(args.out / "config.json", config)
-
-
-def check_room(out: Path, trained: int):
-    """Raises UserError unless the disk has room for two states, one of which replaces the other, and the weights."""
-    needed = (2 * STATE_BYTES + WEIGHT_BYTES) * trained
-    existing = [path for path in (out / "state.pth", out / "consolidated.00.pth") if path.is_file()]
-    free = shutil.disk_usage(out).free + sum(path.stat().st_size for path in existing)
-    if free < needed:
-        raise UserError(f"{out}: its state and weights need {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free; "
-                        "free some space or give another --out")  # fmt: skip
-
-
-def resume(out: Path, state: dict, net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restores model and optimizer, and drops the metrics of the steps to repeat -> the number of steps taken."""
-    try:
-        restore(net, optimizer, state)
-    except Exception as error:  # a damaged state raises nearly any error
-        if outside_cause(error):
-            raise
-        raise UserError(f"{out / 'state.pth'}: of another model or damaged ({reason(error)}); restore what the run "
-                        "began with, or give --no-resume to start again") from None  # fmt: skip
-    by_process_0(lambda: drop_metrics_after(out / "metrics.jsonl", state["step"]))
-    return state["step"]
-
-
-def drop_metrics_after(path: Path, step: int):
-    """Removes the lines of later steps, and a line that was cut off when the run was killed."""
-    lines = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= step:
-                lines.append(line + "\n")
-    with replacing(path) as file:
-        file.write("".join(lines).encode())
-
-
-def append_metrics(path: Path, **values):
-    append_lines(path, [json.dumps(values)])
-
-
-class Interrupt:
-    """Ctrl-C, SIGTERM and SIGHUP (a closed terminal) end the run after the current step, with its state saved."""
-
-    received = 0  # the number of the signal
-
-    def __init__(self):
-        for code in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            if code == signal.SIGINT or signal.getsignal(code) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                signal.signal(code, self.request)
-
-    def request(self, code, frame):
-        if self.received and code == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C ends the process at once
-        self.received = code
-        if code not in (signal.SIGINT, signal.SIGTERM):
-            for stream in (1, 2):
-                if not stat.S_ISREG(os.fstat(stream).st_mode):  # a closed terminal, to which printing would raise
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 # --- what training starts from
@@ -220,10 +98,11 @@ def starting_model(args: argparse.Namespace, dtype: torch.dtype) -> tuple[LLaVA,
 
 def open_examples(args: argparse.Namespace) -> tuple[Examples, Pictures | None]:
     examples = Examples(args.data, args.seed, absent="text" if args.missing_pictures_as_text else "refuse")
-    if any((kind == "ScienceQA") != (args.name == "scienceqa") for kind in examples.kinds):
-        raise UserError(f"--data holds {shorten(examples.kinds)}; --stage 2 --task scienceqa takes a ScienceQA folder "
-                        "and nothing else, other runs take none")  # fmt: skip
-    images = args.images or (args.data[0] if args.name == "scienceqa" else None)
+    is_quiz = args.name == "scienceqa"
+    if is_quiz != ("ScienceQA" in examples.kinds) or (is_quiz and len(args.data) > 1):
+        raise UserError(f"--data holds {shorten(examples.kinds)}; --stage 2 --task scienceqa takes one ScienceQA "
+                        "folder and nothing else, other runs take none")  # fmt: skip
+    images = args.images or (args.data[0] if is_quiz else None)
     if not images and examples.n_pictures:
         raise UserError("--images missing: the samples have pictures; give their folder or zip")
     if args.stage == 1 and not examples.n_pictures:
@@ -251,19 +130,19 @@ def run_config(args: argparse.Namespace, model: LLaVA, llama: Path, vision: Path
 def fault_in(share: Share, green: int, bad: int, failed: int, allowed: int) -> str | None:
     """Why this step cannot be taken, the same in all processes, or None.
 
-    green, bad, failed: green tokens, bad samples and failed loaders of all processes. allowed: bad samples to skip,
+    green, bad, failed: green tokens, bad samples and failures of all processes. allowed: bad samples to skip,
     whose errors are printed.
     """
     if failed:
-        return gathered([share.failure] if share.failure else [])[0]
-    errors = gathered(share.errors) if bad else []
+        return distributed.gathered([share.failure] if share.failure else [])[0]
+    errors = distributed.gathered(share.errors) if bad else []
     if bad > allowed:
         more = f"; and {bad - 3} more" if bad > 3 else ""
         return (f"{'; '.join(errors[:3])}{more}; correct them (is --images right?) and give the same command again, or "
                 "let --max-bad-samples skip some")  # fmt: skip
     if not green:
         why = "no picture of its samples can be read" if bad else "every answer lies beyond --max-length; raise it"
-        return f"its batch has no green token (samples {shorten(gathered(share.ids))}): {why}"
+        return f"its batch has no green token (samples {shorten(distributed.gathered(share.ids))}): {why}"
     if os.environ.get("RANK", "0") == "0":
         for error in errors:
             tqdm.write(f"skipped: {error}")
@@ -274,15 +153,15 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
     say = print if rank == 0 else lambda *_: None
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    begun = by_process_0(lambda: claim(args.out))
+    earlier = by_process_0(lambda: claim(args.out))
 
     # The data, and the model of which the stage trains a part.
     examples, pictures = open_examples(args)
     say("\n".join(examples.describe(args.sampling)))
     model, llama, vision = starting_model(args, dtype)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
-    say(f"model: {trained:,} parameters train, {frozen:,} are frozen; {args.precision} on {world_size} x {device.type}")
+    say(f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters train; {args.precision} on "
+        f"{world_size} x {device.type}")  # fmt: skip
 
     # shares[t]: the samples of global batch t that this process computes.
     sp = checkpoint.open_tokenizer(checkpoint.tokenizer_path(llama), model.llama.config)
@@ -294,8 +173,8 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
     # The run directory, new or continued; the model on the devices; the optimizer of what trains.
     config = run_config(args, model, llama, vision, examples)
     by_process_0(lambda: check_room(args.out, trained))
-    state = enter_run(args, config, begun)
-    net = distribute(model, args.parallel, device, dtype)
+    state = enter_run(args, config, earlier)
+    net = distributed.distribute(model, args.parallel, device, dtype)
     parameters = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=True)
     t = start = resume(args.out, state, net, optimizer) if state else 0  # t: steps taken
@@ -303,7 +182,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
 
     def save(for_use: bool):
         """Saves the state after step t; before it, for use by evaluation and chat, the parameters that train."""
-        full = full_state(net, optimizer)
+        full = distributed.full_state(net, optimizer)
         if for_use:
             by_process_0(lambda: checkpoint.save_run(args.out, model.llama.config, full["model"], config | {"step": t},
                                                      vision, checkpoint.tokenizer_path(llama)))  # fmt: skip
@@ -313,10 +192,11 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
     bar = tqdm(total=total, initial=start, unit="step", desc=f"stage {args.stage}", disable=rank != 0, smoothing=0.1)
     for share in prefetched(shares, range(start, total), args.workers):
         # One exchange tells all processes what they must agree on.
-        everyone = exchanged([share.green, share.tokens, share.cut, len(share.errors), bool(share.failure),
-                              interrupt.received, len(share.batches)], device)  # (world_size, 7)  # fmt: skip
+        own = [share.green, share.tokens, share.cut, len(share.errors), bool(share.failure), interrupt.received,
+               len(share.micro_batches)]  # fmt: skip
+        everyone = distributed.exchanged(own, device)  # (world_size, 7)
         green, tokens, cut, bad, failed, signals, _ = (int(n) for n in everyone.sum(0))
-        n_batches = int(everyone[:, -1].max())
+        n_micro_batches = int(everyone[:, -1].max())
         failure = fault_in(share, green, bad, failed, args.max_bad_samples - bad_samples)
         if signals or failure:
             break
@@ -327,18 +207,18 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
             group["lr"] = lr
 
         nll_sum = torch.zeros((), device=device)
-        empty = [encoder.stream([])] * (n_batches - len(share.batches))  # for a process with fewer micro-batches
-        for i, batch in enumerate(share.batches + empty):
-            net.require_backward_grad_sync = i + 1 == n_batches  # DDP averages gradients after the last one only
+        empty = [encoder.stream([])] * (n_micro_batches - len(share.micro_batches))  # all processes compute as many
+        for i, micro_batch in enumerate(share.micro_batches + empty):
+            net.require_backward_grad_sync = i + 1 == n_micro_batches  # DDP averages gradients after the last one only
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                nll = net(*batch.to(device))
+                nll = net(*micro_batch.to(device))
             (nll * world_size / green).backward()  # Eq. 3, a mean over the global batch; DDP divides by world_size
             nll_sum += nll.detach()
-        loss = float(exchanged([nll_sum.item()], device).sum()) / green
-        grad_norm = clip_gradients(parameters, MAX_GRAD_NORM)
+        loss = float(distributed.exchanged([nll_sum.item()], device).sum()) / green
+        grad_norm = distributed.clip_gradients(parameters, MAX_GRAD_NORM)
         if not math.isfinite(loss + grad_norm):
-            failure = (f"loss {loss}, gradient norm {grad_norm} (samples {shorten(gathered(share.ids))}); lower --lr, "
-                       "or are the weights damaged?")  # fmt: skip
+            ids = shorten(distributed.gathered(share.ids))
+            failure = f"loss {loss}, gradient norm {grad_norm} (samples {ids}); lower --lr, or are the weights damaged?"
             break
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -355,12 +235,132 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
     bar.close()
     if t and (t > start or by_process_0(lambda: checkpoint.missing_file(args.out, args.stage))):
         save(for_use=True)
+    interrupt.release()
     say(f"{args.out}: {t} of {total} steps done; {bad_samples} samples skipped, {cut_samples} cut to --max-length")
     if failure:
         raise UserError(f"step {t + 1}: {failure}")
     if t < total:
         say("stopped; the same command continues from here")
         raise SystemExit(128 + (interrupt.received or signal.SIGTERM))
+
+
+# --- the run directory
+
+
+def claim(out: Path) -> dict:
+    """Reserves a run directory until this process ends -> the config.json of the run in it, {} in a new directory.
+
+    Refuses any other directory, and one in which another process trains.
+    """
+    entries = [path.name for path in out.iterdir()] if out.is_dir() else []
+    config = read_json(out / "config.json", dict) if "config.json" in entries else {}
+    if not isinstance(config.get("settings"), dict) and not all(name.startswith(".") for name in entries):
+        raise UserError(f"{out}: exists and is not a run of train.py; give another --out")
+    append_lines(out / ".lock", [])  # creates the directory too
+    try:
+        import fcntl
+
+        fcntl.lockf(os.open(out / ".lock", os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)  # never closed
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{out}: another train.py runs in it; wait for it, or give another --out") from None
+    except (ImportError, OSError):
+        pass  # Windows, or a file system without locks
+    return config
+
+
+def enter_run(args: argparse.Namespace, config: dict, earlier: dict) -> dict | None:
+    """The state from which the run in --out continues; None after writing a new run's config.json.
+
+    earlier: the config.json of the run in it. Refuses to continue with other settings or inputs.
+    """
+    state = checkpoint.load_state(args.out) if args.resume else None
+    if state is None:
+        by_process_0(lambda: start_run(args, config))
+        return None
+    for name, value in config["settings"].items():
+        before = earlier["settings"].get(name, value)
+        if name not in MAY_CHANGE and before != value:
+            raise UserError(f"{args.out}: began with --{name.replace('_', '-')} {before}, now it is {value}; give the "
+                            "same settings, or another --out, or --no-resume to start again")  # fmt: skip
+    for name, value in config["contents"].items():
+        if earlier.get("contents", {}).get(name, value) != value:
+            raise UserError(f"{args.out}: began with another content of --{name}; give that, or another --out, or "
+                            "--no-resume to start again")  # fmt: skip
+    return state
+
+
+def start_run(args: argparse.Namespace, config: dict):
+    """Writes config.json and removes what an earlier run left, which --no-resume allows."""
+    if args.resume and any((args.out / name).exists() for name in ("projector.pth", "state")):
+        raise UserError(f"{args.out}: holds a trained W, or a state of an earlier version, but no state.pth; give "
+                        "another --out, or --no-resume to train it again")  # fmt: skip
+    for name in ("projector.pth", "state.pth", "metrics.jsonl", "exam.json", "loss.png"):
+        (args.out / name).unlink(missing_ok=True)
+    write_json(args.out / "config.json", config)
+
+
+def check_room(out: Path, trained: int):
+    """Raises UserError unless the disk has room for two states, one of which replaces the other, and the weights."""
+    needed = (2 * STATE_BYTES + WEIGHT_BYTES) * trained
+    existing = [path for path in (out / "state.pth", out / "consolidated.00.pth") if path.is_file()]
+    free = shutil.disk_usage(out).free + sum(path.stat().st_size for path in existing)
+    if free < needed:
+        raise UserError(f"{out}: its state and weights need {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free; "
+                        "free some space or give another --out")  # fmt: skip
+
+
+def resume(out: Path, state: dict, net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Restores model and optimizer, and drops the metrics of the steps to repeat -> the number of steps taken."""
+    try:
+        distributed.restore(net, optimizer, state)
+    except Exception as error:  # a damaged state raises nearly any error
+        if distributed.outside_cause(error):
+            raise
+        raise UserError(f"{out / 'state.pth'}: of another model or damaged ({reason(error)}); restore what the run "
+                        "began with, or give --no-resume to start again") from None  # fmt: skip
+    by_process_0(lambda: drop_metrics_after(out / "metrics.jsonl", state["step"]))
+    return state["step"]
+
+
+def drop_metrics_after(path: Path, step: int):
+    """Removes the lines of later steps, and a line that was cut off when the run was killed."""
+    lines = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                lines.append(line + "\n")
+    with replacing(path) as file:
+        file.write("".join(lines).encode())
+
+
+def append_metrics(path: Path, **values):
+    append_lines(path, [json.dumps(values)])
+
+
+class Interrupt:
+    """Ctrl-C, SIGTERM and SIGHUP (a closed terminal) end the run after the current step, with its state saved."""
+
+    def __init__(self):
+        self.received = 0  # the number of the signal
+        codes = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
+        handlers = {code: signal.getsignal(code) for code in codes}
+        # nohup ignores SIGHUP
+        self.handlers = {code: old for code, old in handlers.items() if code == signal.SIGINT or old != signal.SIG_IGN}
+        for code in self.handlers:
+            signal.signal(code, self.request)
+
+    def request(self, code, frame):
+        if self.received and code == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C ends the process at once
+        self.received = code
+        if code not in (signal.SIGINT, signal.SIGTERM):
+            for stream in (1, 2):
+                if not stat.S_ISREG(os.fstat(stream).st_mode):  # a closed terminal, to which printing would raise
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+    def release(self):
+        for code, handler in self.handlers.items():
+            signal.signal(code, handler)
 
 
 # --- the command line
@@ -406,7 +406,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save-every", type=number(0), default=500, help="steps between saved states; 0 = at the end only")
     add("--max-bad-samples", type=number(0), default=0, help="how many samples to skip whose picture cannot be read")
     add("--log-every", type=number(1), default=1, help="steps between lines of metrics.jsonl")
-    add("--workers", type=number(0), default=2, help="processes that read pictures; 0 = the training process does")
+    add("--workers", type=number(0), default=2, help="threads that read pictures ahead of the training; 0 = none")
     args = parser.parse_args(argv)
 
     if args.stage == 1 and args.task:
@@ -448,7 +448,7 @@ def run(args: argparse.Namespace, rank: int, world_size: int, device: torch.devi
     try:
         train(args, rank, world_size, device)
     finally:
-        with contextlib.suppress(Exception):  # a failure to draw is no failure of the run
+        with contextlib.suppress(Exception):  # the run succeeds even if its curves cannot be drawn
             from tools.plots import loss_curves
 
             if rank == 0:
@@ -461,7 +461,7 @@ def run(args: argparse.Namespace, rank: int, world_size: int, device: torch.devi
 
 def main():
     args = parse_arguments()
-    with processes() as (rank, world_size, device):
+    with distributed.processes() as (rank, world_size, device):
         run(args, rank, world_size, device)
 
 

@@ -473,33 +473,33 @@ def test_read_pixels(folder):
 def test_the_order_is_a_pure_function():
     types = np.repeat([0, 1], [300, 100])
     for sampling in ("proportional", "uniform"):
-        first = data.order(types, 0, 5, sampling)
+        first = data.epoch_order(types, 0, 5, sampling)
         np.random.seed(9)
-        np.testing.assert_array_equal(first, data.order(types, 0, 5, sampling))
-        assert (first != data.order(types, 1, 5, sampling)).any()
-        assert (first != data.order(types, 0, 6, sampling)).any()
+        np.testing.assert_array_equal(first, data.epoch_order(types, 0, 5, sampling))
+        assert (first != data.epoch_order(types, 1, 5, sampling)).any()
+        assert (first != data.epoch_order(types, 0, 6, sampling)).any()
 
 
 def test_another_process_draws_the_same(tmp_path):
     """A resumed run repeats the order of samples and the requests for captions."""
     path = write(tmp_path / "c.json", captions(40))
     script = ("import data, json, sys; examples = data.Examples([sys.argv[1]], seed=3);"
-              "print(json.dumps([data.order(examples.types(), 1, 3).tolist(),"
+              "print(json.dumps([data.epoch_order(examples.types(), 1, 3).tolist(),"
               "[examples.get(i, 1).turns[0] for i in range(40)]]))")  # fmt: skip
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
     result = subprocess.run([sys.executable, "-c", script, path], env=env, check=True, capture_output=True, text=True)
     examples = data.Examples([path], seed=3)
-    order = data.order(examples.types(), 1, 3).tolist()
+    order = data.epoch_order(examples.types(), 1, 3).tolist()
     assert json.loads(result.stdout) == [order, [examples.get(i, 1).turns[0] for i in range(40)]]
 
 
 def test_proportional_sampling_shows_each_sample_once():
-    assert sorted(data.order(np.repeat([0, 1], [3000, 1000]), 0, 5)) == list(range(4000))
+    assert sorted(data.epoch_order(np.repeat([0, 1], [3000, 1000]), 0, 5)) == list(range(4000))
 
 
 def test_uniform_sampling_draws_files_alike_and_repeats_no_sample_before_all_were_drawn():
     types = np.repeat([0, 1, 2], [3000, 600, 400])
-    samples = data.order(types, epoch=0, seed=5, sampling="uniform")
+    samples = data.epoch_order(types, epoch=0, seed=5, sampling="uniform")
     assert len(samples) == 4000
     for kind in range(3):
         drawn = samples[types[samples] == kind]
@@ -515,7 +515,7 @@ def test_types_are_files_whatever_their_content(tmp_path):
     mixed = write(tmp_path / "all.json", [several_turns, detail] * 3)
     single = data.Examples([mixed])
     assert len(set(single.types())) == 1
-    assert sorted(data.order(single.types(), 0, 1, "uniform")) == list(range(6))  # each sample once
+    assert sorted(data.epoch_order(single.types(), 0, 1, "uniform")) == list(range(6))  # each sample once
     part = write(tmp_path / "part.json", [detail] * 2)
     assert data.Examples([mixed, part, mixed]).types().tolist() == [0] * 6 + [1] * 2 + [2] * 6
 
@@ -525,7 +525,7 @@ def test_describe_gives_the_shares_that_are_drawn(tmp_path):
     examples = data.Examples(paths)
     for sampling, shares in (("proportional", [75, 15, 10]), ("uniform", [100 / 3] * 3)):
         lines = examples.describe(sampling)
-        drawn = np.bincount(examples.types()[data.order(examples.types(), 0, 0, sampling)]) / 40
+        drawn = np.bincount(examples.types()[data.epoch_order(examples.types(), 0, 0, sampling)]) / 40
         assert np.abs(drawn - shares).max() < 4.5  # percent; six standard deviations
         for line, path, n, share in zip(lines, paths, (3000, 600, 400), shares, strict=True):
             assert str(path) in line
@@ -541,7 +541,7 @@ def test_a_stream_holds_the_system_message_once_and_then_the_samples(tiny_tokeni
     records = [{"id": i, "image": name, "conversations": TURNS} for i, name in enumerate(names)]
     steps = make_steps(tiny_tokenizer, folder, [*records, {"id": 3, "conversations": TEXT_TURNS}])
     step = steps[0]
-    (batch,) = step.batches
+    (batch,) = step.micro_batches
     system = system_ids(tiny_tokenizer)
     assert batch.borders[0] == len(system)
     assert batch.ids[: len(system)].tolist() == system
@@ -570,7 +570,7 @@ def test_a_stream_without_samples_predicts_nothing(tiny_tokenizer):
 
 
 def test_the_arguments_of_the_model(tiny_tokenizer, folder):
-    (batch,) = make_steps(tiny_tokenizer, folder, captions(2))[0].batches
+    (batch,) = make_steps(tiny_tokenizer, folder, captions(2))[0].micro_batches
     ids, green, borders, pixels = batch.to(torch.device("cpu"))
     assert (ids.dtype, green.dtype, pixels.dtype) == (torch.int64, torch.bool, torch.uint8)
     assert borders == batch.borders
@@ -616,10 +616,10 @@ def test_the_global_batch_does_not_depend_on_processes_or_micro_batches(tiny_tok
     n_micro_batches = 0
     for t in range(4):
         expected, shares = alone[t], [steps[t] for steps in several]
-        micro_batches = [batch for share in shares for batch in share.batches]
+        micro_batches = [batch for share in shares for batch in share.micro_batches]
         n_micro_batches += len(micro_batches)
         assert sorted(sum((share.ids for share in shares), [])) == sorted(expected.ids)
-        assert sorted(sum(map(samples_of, micro_batches), [])) == sorted(samples_of(expected.batches[0]))
+        assert sorted(sum(map(samples_of, micro_batches), [])) == sorted(samples_of(expected.micro_batches[0]))
         for total in ("green", "tokens", "cut"):
             assert sum(getattr(share, total) for share in shares) == getattr(expected, total)
         assert all(batch.borders[-1] - batch.borders[0] <= 100 or len(batch.borders) == 2 for batch in micro_batches)
@@ -627,7 +627,7 @@ def test_the_global_batch_does_not_depend_on_processes_or_micro_batches(tiny_tok
 
 
 def test_a_sample_over_the_limit_of_a_micro_batch_is_alone_in_its_batch(tiny_tokenizer, folder):
-    batches = make_steps(tiny_tokenizer, folder, captions(3), limit=1)[0].batches
+    batches = make_steps(tiny_tokenizer, folder, captions(3), limit=1)[0].micro_batches
     assert [len(batch.borders) for batch in batches] == [2, 2, 2]
 
 
@@ -635,7 +635,7 @@ def test_micro_batches_are_filled_up_to_the_limit(tiny_tokenizer, folder):
     same = [{"id": i, "conversations": TEXT_TURNS} for i in range(7)]
     length = make_steps(tiny_tokenizer, folder, same)[0].tokens // 7
     for limit, sizes in ((3 * length, [3, 3, 1]), (4 * length - 1, [3, 3, 1]), (4 * length, [4, 3])):
-        batches = make_steps(tiny_tokenizer, folder, same, limit=limit)[0].batches
+        batches = make_steps(tiny_tokenizer, folder, same, limit=limit)[0].micro_batches
         assert [len(batch.borders) - 1 for batch in batches] == sizes
 
 
@@ -653,7 +653,7 @@ def test_an_epoch_is_a_seeded_permutation_that_can_be_entered_anywhere(tiny_toke
 
 def test_the_requests_for_captions_differ_between_the_epochs_of_steps(tiny_tokenizer, folder):
     steps = make_steps(tiny_tokenizer, folder, captions(8))
-    first, second = (sorted(samples_of(steps[t].batches[0])) for t in range(2))
+    first, second = (sorted(samples_of(steps[t].micro_batches[0])) for t in range(2))
     assert first != second
 
 
@@ -665,7 +665,7 @@ def test_a_bad_picture_is_named_with_its_sample_and_the_others_remain(tiny_token
     names = ("a.png", "broken.png", "absent.png")
     records = [{"id": f"id of {name}", "image": name, "conversations": TURNS} for name in names]
     step = make_steps(tiny_tokenizer, folder, records)[0]
-    (batch,) = step.batches
+    (batch,) = step.micro_batches
     assert len(batch.pixels) == len(batch.borders) - 1 == 1
     broken, absent = sorted(step.errors, reverse=True)
     assert "sample id of broken.png: picture broken.png: not a readable picture" in broken

@@ -180,7 +180,7 @@ def test_processes_had_different_numbers_of_micro_batches(inputs):  # noqa: F811
     encoder = Encoder(load_tokenizer(inputs / "llama/tokenizer.model"), 16, 32, Pictures(inputs / "images"))
     examples, limit = Examples([inputs / "captions.json"]), UNEQUAL["micro_batch_tokens"]
     shares = [Shares(examples, encoder, UNEQUAL["batch_size"], 0, rank, 2, limit) for rank in (0, 1)]
-    numbers = [[len(steps[t].batches) for steps in shares] for t in range(4)]
+    numbers = [[len(steps[t].micro_batches) for steps in shares] for t in range(4)]
     assert any(a != b for a, b in numbers) and max(map(max, numbers)) > 1, numbers
 
 

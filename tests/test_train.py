@@ -670,7 +670,7 @@ def test_a_failed_plot_does_not_fail_the_run(inputs, tmp_path, monkeypatch):
 def test_a_stuck_data_worker_ends_the_run_in_one_line_with_its_state_saved(inputs, tmp_path):
     """Opening a FIFO blocks until another process writes into it."""
     images = copy_images(inputs, tmp_path / "images")
-    blocked = images / f"{data.order(range(30), epoch=0, seed=0)[24]}.png"  # the first sample of step 4
+    blocked = images / f"{data.epoch_order(range(30), epoch=0, seed=0)[24]}.png"  # the first sample of step 4
     blocked.unlink()
     os.mkfifo(blocked)
     command = flags(inputs, tmp_path / "run", images=images, workers=2)
@@ -848,7 +848,7 @@ def test_wrong_input_ends_in_one_line(inputs, tmp_path, what):
 def test_an_error_in_the_middle_of_a_run_keeps_what_was_trained(inputs, tmp_path, workers, capsys):
     images, out = copy_images(inputs, tmp_path / "images"), tmp_path / "run"
     command = flags(inputs, out, images=images, workers=workers)
-    damaged = f"{data.order(range(30), epoch=0, seed=0)[24]}.png"  # the first sample of step 4
+    damaged = f"{data.epoch_order(range(30), epoch=0, seed=0)[24]}.png"  # the first sample of step 4
     (images / damaged).write_bytes(b"no picture")
     with pytest.raises(
         UserError, match=f"^step 4: sample {damaged}: picture {damaged}: not a readable picture.*correct"
