@@ -8,6 +8,7 @@ Each question is asked with the whole conversation before it, in the template th
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -81,8 +82,10 @@ class Chat:
 
     def save(self, path: Path):
         """Writes the conversation in the format that train.py and the original read."""
-        if not self.turns or path.exists():
-            raise UserError(f"{path}: exists, or the conversation has no turn yet; name a new file after an answer")
+        if not self.turns:
+            raise UserError("the conversation has no turn yet")
+        if path.exists():
+            raise UserError(f"{path}: exists; name another file")
         messages = [{"from": who, "value": text} for who, text in zip(("human", "gpt") * len(self.turns), self.turns)]
         image = {"image": self.path.name} if self.path else {}
         write_json(path, [{"id": path.stem, **image, "conversations": messages}])
@@ -102,7 +105,7 @@ def print_answer(chat: Chat, question: str):
 def obey(chat: Chat, line: str):
     """Carries out a line `/command [FILE]`."""
     command, _, name = line.partition(" ")
-    path = Path(name.strip().strip("'\"")).expanduser() if name.strip() else None
+    path = Path(os.path.expanduser(name.strip().strip("'\""))) if name.strip() else None
     if command == "/save" and path:
         chat.save(path)
     elif command in ("/image", "/reset"):

@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 from sentencepiece import SentencePieceProcessor
 
-from common import UserError, printable, read_json, replacing, shorten, sync_folder, write_json
+from common import UserError, printable, read_json, reason, replacing, shorten, sync_folder, write_json
 from conversation import load_tokenizer
 from formats import huggingface, meta, openai
 from formats.tensors import load_tensors
@@ -57,6 +57,9 @@ def load_llama(folder: str | Path, dtype: torch.dtype | None = torch.float32) ->
         weights = meta.load_llama(folder)
     else:
         weights = huggingface.load_llama(folder, config.head_dim)
+    if huggingface.is_delta(weights):
+        raise UserError(f"{folder}: holds deltas over another LLaMA (its last norm is near 0); add them first: python "
+                        f"-m tools.import_llava {folder} NEW_FOLDER --llama-base LLAMA")  # fmt: skip
     with torch.device("meta"):
         llama = LLaMA(config)
     return assign(llama, weights, folder, dtype)
@@ -145,11 +148,10 @@ def build(llama: LLaMA, vision: VisionTransformer, projector: Projection | None 
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A checksum of a model's norms and biases. They are few, and differ after every training."""
+    """A checksum of the first 1,024 values of every parameter: it reads little of a mapped file."""
     digest = hashlib.sha256()
     for p in module.parameters():
-        if p.dim() == 1:
-            digest.update(p.detach().float().numpy().tobytes())
+        digest.update(p.detach().flatten()[:1024].float().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -174,9 +176,12 @@ def checksum(path: str | Path, every_file: bool = False) -> str:
         every = [file for file in path.iterdir() if file.suffix in (".bin", ".safetensors") and file.is_file()]
         files = [path / "config.json", *(every if every_file else huggingface.weight_files(path))]
     for file in sorted(files):
-        with open(file, "rb") as content:
-            while block := content.read(2**20):
-                digest.update(block)
+        try:
+            with open(file, "rb") as content:
+                while block := content.read(2**20):
+                    digest.update(block)
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({reason(error)}); is the path right?") from None
     return digest.hexdigest()
 
 
@@ -219,6 +224,11 @@ def missing_file(run: str | Path, stage: int | None) -> str | None:
     if stage == 2:
         names += ["params.json", "consolidated.00.pth", "tokenizer.model"]
     return next((name for name in names if not Path(run, name).is_file()), None)
+
+
+def is_saved(run: str | Path, stage: int, step: int) -> bool:
+    """True if a run directory holds the result of this step; a kill may have come before it was written."""
+    return read_json(Path(run, "config.json"), dict).get("step") == step and not missing_file(run, stage)
 
 
 def llama_path(run: str | Path, config: dict) -> Path:

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import json
-import math
 import os
 import re
 import shutil
@@ -48,7 +47,7 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def number(least: float, most: float = math.inf) -> Callable[[str], float]:
+def number(least: float, most: float = 2**63 - 1) -> Callable[[str], float]:
     """A `type` of argparse: the numbers from `least` to `most`, whole numbers if `least` is an int."""
     kind = type(least)
 
@@ -56,8 +55,8 @@ def number(least: float, most: float = math.inf) -> Callable[[str], float]:
         with contextlib.suppress(ValueError):
             if least <= kind(text) <= most:
                 return kind(text)
-        limits = f"{least} or more" if most == math.inf else f"{least} to {most}"
-        raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' * (kind is int)}number of {limits}")
+        limits = f"from {least} to {most}" if most < 2**63 - 1 else f"of {least} or more"
+        raise argparse.ArgumentTypeError(f"{text}: expected a {'whole ' * (kind is int)}number {limits}")
 
     return parse
 

@@ -133,11 +133,12 @@ def system_ids(sp: SentencePieceProcessor, system: str = SYSTEM) -> list[int]:
 
 
 def surface(sp: SentencePieceProcessor, ids: Iterable[int]) -> str:
-    """The exact characters of ids; skips patches and control symbols.
+    """The exact characters of ids; skips patches, control symbols, and ids of rows that the vocabulary has to spare.
 
     sp.decode drops the space at the start of a text, so a `#` stands before the ids while it decodes them.
     """
-    return sp.decode([*sp.encode("#"), *(int(id) for id in ids if id != IMAGE_ID)]).removeprefix("#")
+    known = [int(id) for id in ids if 0 <= id < sp.vocab_size()]
+    return sp.decode([*sp.encode("#"), *known]).removeprefix("#")
 
 
 def has_ended(sp: SentencePieceProcessor, ids: list[int]) -> bool:

@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -109,9 +109,9 @@ def outside_cause(error: Exception) -> str | None:
 # --- values of all processes
 
 
-def exchanged(numbers: list[float], device: torch.device) -> torch.Tensor:
+def exchanged(numbers: Iterable[float], device: torch.device) -> torch.Tensor:
     """n numbers of each process -> (world_size, n) float64 on the CPU, the same in all processes."""
-    own = torch.tensor(numbers, dtype=torch.float64, device=device)
+    own = torch.tensor([*numbers], dtype=torch.float64, device=device)
     rows = [own]
     if dist.is_initialized():
         rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]

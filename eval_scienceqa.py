@@ -95,8 +95,8 @@ def earlier_answers(partial: Path, key: str) -> dict[str, str]:
     """The answers {id: text} of an interrupted evaluation with this key."""
     append_lines(partial, [""])  # creates the file, or ends a line that a kill cut off
     answers = {}
-    for line in partial.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # an empty line, or one that was cut off
+    for line in partial.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, TypeError):  # an empty line, or one that was cut off
             key_of_line, answers_of_batch = json.loads(line)
             if key_of_line == key:
                 answers |= answers_of_batch
@@ -184,7 +184,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default = args.predictions.with_name(f"{args.predictions.stem}_scored.json")
     args.out = args.out or default
     args.page, args.partial = args.out.with_suffix(".html"), args.out.with_name(f"{args.out.name}.partial")
-    is_earlier = args.out.exists() and "scores" in read_json(args.out, dict)
+    is_earlier = args.out.exists() and {"scores", "results"} <= read_json(args.out, dict).keys()
     if args.out == args.page or (not is_earlier and (args.out.exists() or args.page.exists())):
         raise UserError(f"--out {args.out}: must name an earlier evaluation, or a new .json without an .html beside")
     return args
@@ -218,7 +218,8 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
             problem["image_path"] = path
     if args.predictions:
         outputs = read_predictions(args.predictions)
-        about = f"{len(outputs)} answers of {args.predictions}"
+        unknown = len(outputs.keys() - {p["id"] for p in problems})
+        about = f"{len(outputs)} answers of {args.predictions}, {unknown} of them to no question of this split"
     else:
         outputs, about = answer_split(args, problems, rank, world_size, device)
     if rank != 0:

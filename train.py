@@ -151,7 +151,6 @@ def fault_in(share: Share, green: int, bad: int, failed: int, allowed: int) -> s
 
 def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.device):
     say = print if rank == 0 else lambda *_: None
-    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     earlier = by_process_0(lambda: claim(args.out))
 
@@ -160,8 +159,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
     say("\n".join(examples.describe(args.sampling)))
     model, llama, vision = starting_model(args, dtype)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters train; {args.precision} on "
-        f"{world_size} x {device.type}")  # fmt: skip
+    say(f"{trained:,} parameters train, the others are frozen; {args.precision} on {world_size} x {device.type}")
 
     # shares[t]: the samples of global batch t that this process computes.
     sp = checkpoint.open_tokenizer(checkpoint.tokenizer_path(llama), model.llama.config)
@@ -181,20 +179,19 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
     say(f"{args.out}: " + (f"continues after step {start} of {total}" if start else f"{total} steps"))
 
     def save(for_use: bool):
-        """Saves the state after step t; before it, for use by evaluation and chat, the parameters that train."""
+        """Saves the state after step t and, for use by evaluation and chat, the parameters that train."""
         full = distributed.full_state(net, optimizer)
+        by_process_0(lambda: checkpoint.save_state(args.out, full, t))
         if for_use:
             by_process_0(lambda: checkpoint.save_run(args.out, model.llama.config, full["model"], config | {"step": t},
                                                      vision, checkpoint.tokenizer_path(llama)))  # fmt: skip
-        by_process_0(lambda: checkpoint.save_state(args.out, full, t))
 
     interrupt, failure, bad_samples, cut_samples, began = Interrupt(), None, 0, 0, time.time()
     bar = tqdm(total=total, initial=start, unit="step", desc=f"stage {args.stage}", disable=rank != 0, smoothing=0.1)
     for share in prefetched(shares, range(start, total), args.workers):
         # One exchange tells all processes what they must agree on.
-        own = [share.green, share.tokens, share.cut, len(share.errors), bool(share.failure), interrupt.received,
-               len(share.micro_batches)]  # fmt: skip
-        everyone = distributed.exchanged(own, device)  # (world_size, 7)
+        everyone = distributed.exchanged((share.green, share.tokens, share.cut, len(share.errors), bool(share.failure),
+                                          interrupt.received, len(share.micro_batches)), device)  # (world_size, 7)
         green, tokens, cut, bad, failed, signals, _ = (int(n) for n in everyone.sum(0))
         n_micro_batches = int(everyone[:, -1].max())
         failure = fault_in(share, green, bad, failed, args.max_bad_samples - bad_samples)
@@ -233,7 +230,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
         if args.save_every and t % args.save_every == 0 and t < total:
             save(for_use=False)
     bar.close()
-    if t and (t > start or by_process_0(lambda: checkpoint.missing_file(args.out, args.stage))):
+    if t and not by_process_0(lambda: checkpoint.is_saved(args.out, args.stage, t)):
         save(for_use=True)
     interrupt.release()
     say(f"{args.out}: {t} of {total} steps done; {bad_samples} samples skipped, {cut_samples} cut to --max-length")
@@ -252,9 +249,9 @@ def claim(out: Path) -> dict:
 
     Refuses any other directory, and one in which another process trains.
     """
-    entries = [path.name for path in out.iterdir()] if out.is_dir() else []
-    config = read_json(out / "config.json", dict) if "config.json" in entries else {}
-    if not isinstance(config.get("settings"), dict) and not all(name.startswith(".") for name in entries):
+    config = read_json(out / "config.json", dict) if (out / "config.json").is_file() else {}
+    is_new = not out.exists() or (out.is_dir() and all(path.name.startswith(".") for path in out.iterdir()))
+    if not is_new and not isinstance(config.get("settings"), dict):
         raise UserError(f"{out}: exists and is not a run of train.py; give another --out")
     append_lines(out / ".lock", [])  # creates the directory too
     try:
@@ -283,9 +280,9 @@ def enter_run(args: argparse.Namespace, config: dict, earlier: dict) -> dict | N
             raise UserError(f"{args.out}: began with --{name.replace('_', '-')} {before}, now it is {value}; give the "
                             "same settings, or another --out, or --no-resume to start again")  # fmt: skip
     for name, value in config["contents"].items():
-        if earlier.get("contents", {}).get(name, value) != value:
-            raise UserError(f"{args.out}: began with another content of --{name}; give that, or another --out, or "
-                            "--no-resume to start again")  # fmt: skip
+        if earlier.get("contents", {}).get(name) != value:
+            raise UserError(f"{args.out}: began with another content of --{name}, or with a version that did not "
+                            "record it; give the same, or another --out, or --no-resume to start again")  # fmt: skip
     return state
 
 
@@ -296,17 +293,17 @@ def start_run(args: argparse.Namespace, config: dict):
                         "another --out, or --no-resume to train it again")  # fmt: skip
     for name in ("projector.pth", "state.pth", "metrics.jsonl", "exam.json", "loss.png"):
         (args.out / name).unlink(missing_ok=True)
+    shutil.rmtree(args.out / "state", ignore_errors=True)  # of an earlier version
     write_json(args.out / "config.json", config)
 
 
 def check_room(out: Path, trained: int):
     """Raises UserError unless the disk has room for two states, one of which replaces the other, and the weights."""
     needed = (2 * STATE_BYTES + WEIGHT_BYTES) * trained
-    existing = [path for path in (out / "state.pth", out / "consolidated.00.pth") if path.is_file()]
-    free = shutil.disk_usage(out).free + sum(path.stat().st_size for path in existing)
-    if free < needed:
-        raise UserError(f"{out}: its state and weights need {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free; "
-                        "free some space or give another --out")  # fmt: skip
+    room = shutil.disk_usage(out).free + sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    if room < needed:
+        raise UserError(f"{out}: its state and weights need {needed / 2**30:.1f} GiB, and there is room for "
+                        f"{room / 2**30:.1f}; free some space or give another --out")  # fmt: skip
 
 
 def resume(out: Path, state: dict, net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -406,7 +403,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save-every", type=number(0), default=500, help="steps between saved states; 0 = at the end only")
     add("--max-bad-samples", type=number(0), default=0, help="how many samples to skip whose picture cannot be read")
     add("--log-every", type=number(1), default=1, help="steps between lines of metrics.jsonl")
-    add("--workers", type=number(0), default=2, help="threads that read pictures ahead of the training; 0 = none")
+    add("--workers", type=number(0, 256), default=2, help="threads that read pictures ahead of the training; 0 = none")
     args = parser.parse_args(argv)
 
     if args.stage == 1 and args.task:
@@ -445,6 +442,7 @@ def run(args: argparse.Namespace, rank: int, world_size: int, device: torch.devi
     for name, value in PAPER[args.name].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     try:
         train(args, rank, world_size, device)
     finally:

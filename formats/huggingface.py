@@ -125,16 +125,12 @@ def load_folder(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_llama(folder: Path, head_dim: int) -> dict[str, torch.Tensor]:
-    """A LLaMA's weights under their raw names. Raises UserError for a LLaVA, and for deltas over another LLaMA."""
+    """A LLaMA's weights under their raw names. Raises UserError for a LLaVA."""
     config, weights = read_json(folder / "config.json", dict), load_folder(folder)
     if is_llava(config) or any("mm_projector." in name for name in weights):
         raise UserError(f"{folder}: a finished LLaVA; make a run directory of it first: python -m tools.import_llava "
                         f"{folder} RUN")  # fmt: skip
-    raw = llama_to_raw(weights, head_dim, folder, is_tied(config))
-    if is_delta(raw):
-        raise UserError(f"{folder}: holds deltas over another LLaMA (its last norm is near 0); add them first: python "
-                        f"-m tools.import_llava {folder} NEW_FOLDER --llama-base LLAMA")  # fmt: skip
-    return raw
+    return llama_to_raw(weights, head_dim, folder, is_tied(config))
 
 
 def load_projector(path: str | Path) -> dict[str, torch.Tensor]:

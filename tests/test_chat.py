@@ -338,7 +338,7 @@ def test_refusals(monkeypatch, run, picture, tmp_path):  # noqa: F811
     assert "unfinished" in refused(monkeypatch, "--model", tmp_path / "half", *ask)
     for flags in (("--temperature", -1), ("--temperature", "nan"), ("--top-p", 0), ("--top-p", 1.5),
                   ("--max-new-tokens", 0), ("--seed", -1)):  # fmt: skip
-        assert f"argument {flags[0]}: {flags[1]} is not a" in refused(monkeypatch, "--model", run, "--prompt", "Hi", *flags)
+        assert f"argument {flags[0]}: {flags[1]}: expected a" in refused(monkeypatch, "--model", run, "--prompt", "Hi", *flags)
 
 
 def test_a_run_of_another_template_is_refused(monkeypatch, run, tmp_path):  # noqa: F811

@@ -213,6 +213,11 @@ def test_an_answer_ends_at_the_stop_in_any_spelling(sp, pieces):
     assert answer_text(sp, ids) == "A cat"
 
 
+def test_ids_of_spare_rows_spell_nothing(sp):
+    ids = [*sp.encode("A cat"), sp.vocab_size(), sp.vocab_size() + 200, IMAGE_ID]
+    assert surface(sp, ids).strip() == "A cat" and not has_ended(sp, ids[:-1])
+
+
 def test_an_answer_ends_at_eos(sp):
     ids = sp.encode("A # ## cat")
     assert not any(has_ended(sp, ids[: i + 1]) for i in range(len(ids)))

@@ -181,7 +181,7 @@ def changed(id, **values):
     (dict(splits={"\n" + "x" * 999: []}), r"it has \ufffdx+$"),
     (dict(splits={"test": []}), "no problems in split 'test'"),
     (dict(splits={"test": [["2"]]}), "expected a JSON object, not None"),
-    (dict(problems="{"), "line 1, column 2"),
+    (dict(problems="{"), "line 1 column 2"),
     (dict(problems="[]"), "problems.json: .* list"),
     (dict(splits=None), "pid_splits.json: .*No such file"),
     (dict(problems=None), "problems.json: .*No such file"),

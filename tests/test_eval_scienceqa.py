@@ -427,7 +427,7 @@ def test_refusals(run, quiz, tmp_path):
     (tmp_path / "given.jsonl").write_text('{"question_id": "100", "text": "A"}\n{"question_id": "101"}\n')
     assert "answer to '101' is None" in refused("--predictions", tmp_path / "given.jsonl", *two)
     assert "answer to '101' is None" in with_predictions('{"outputs": {"101": null}}')
-    assert "JSON list" in with_predictions('["A"]') and "bad JSON in line 1" in with_predictions('{"100": "A"')
+    assert "JSON list" in with_predictions('["A"]') and "line 1 column 12" in with_predictions('{"100": "A"')
     (tmp_path / "given.json").write_text('{"100": "A"}')
     same = ("--predictions", tmp_path / "given.json", "--out", tmp_path / "given.json")
     assert "must name an earlier evaluation" in refused(*same, "--data", quiz)
@@ -440,7 +440,7 @@ def test_refusals(run, quiz, tmp_path):
     blocked = refused("--model", run, "--data", quiz, "--out", quiz / "problems.json" / "out.json")
     assert "problems.json/out.json.partial: could not be written" in blocked
     for flag in ("--batch-size", "--max-new-tokens"):
-        assert f"{flag}: 0 is not a whole number of 1 or more" in refused(flag, 0)
+        assert f"{flag}: 0: expected a whole number of 1 or more" in refused(flag, 0)
     (tmp_path / "mine.json").write_text('{"a": 1}')
     (tmp_path / "page.html").write_text("mine")
     for out in ("mine.json", "new.html", "page.json"):

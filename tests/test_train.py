@@ -547,26 +547,33 @@ def test_no_folder_of_anything_else_is_written_to(inputs, tmp_path):
     assert files(tmp_path) == before
 
 
-def test_a_run_killed_between_its_last_two_saves_is_completed(inputs, tmp_path, monkeypatch):
-    """The parameters for use are saved before the last state, so the last steps are taken again."""
-    command = flags(inputs, tmp_path, save_every=3)
-    with monkeypatch.context() as patch:
-        save_state = checkpoint.save_state
-        patch.setattr(checkpoint, "save_state", lambda run, state, step: step == 4 or save_state(run, state, step))
-        in_process(command)
-    expected = W(tmp_path)
-    assert checkpoint.load_state(tmp_path)["step"] == 3
-    in_process(command)
-    assert torch.equal(W(tmp_path), expected) and checkpoint.load_state(tmp_path)["step"] == 4
-
-
-def test_a_finished_run_without_its_weights_is_completed_from_its_state(inputs, tmp_path):
+@pytest.mark.parametrize("step, old", [(2, None), (1, b"W of an earlier step")])
+def test_a_run_killed_between_its_last_two_saves_is_completed(inputs, tmp_path, step, old):
+    """The state is of the last step; the weights for use are absent, or of the step where the run was interrupted."""
     command = flags(inputs, tmp_path, max_steps=2)
     in_process(command)
     expected = W(tmp_path)
-    (tmp_path / "projector.pth").unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"step": step}))
+    if old is None:
+        (tmp_path / "projector.pth").unlink()
+    else:
+        (tmp_path / "projector.pth").write_bytes(old)
     in_process(command)
     assert torch.equal(W(tmp_path), expected)
+
+
+def test_the_state_is_saved_even_if_the_vit_has_vanished(inputs, tmp_path, monkeypatch):
+    (tmp_path / "vit.pt").write_bytes((inputs / "vit.pt").read_bytes())
+    command = flags(inputs, tmp_path / "run", vision=tmp_path / "vit.pt")
+    with monkeypatch.context() as patch:
+        call_after_step(patch, 4, (tmp_path / "vit.pt").unlink)
+        with pytest.raises(UserError, match="vit.pt: cannot be read"):
+            in_process(command)
+    assert checkpoint.load_state(tmp_path / "run")["step"] == 4
+    (tmp_path / "vit.pt").write_bytes((inputs / "vit.pt").read_bytes())
+    in_process(command)
+    assert len(metrics(tmp_path / "run")) == 4 and W(tmp_path / "run").isfinite().all()
 
 
 def test_a_damaged_state_is_refused_in_one_line(inputs, tmp_path):
@@ -604,7 +611,12 @@ def change_bias(path):
     torch.save(weights | {"visual.ln_pre.bias": weights["visual.ln_pre.bias"] + 1}, path)
 
 
-@pytest.mark.parametrize("flag, change", [("data", change_record), ("llama", change_norm), ("vision", change_bias)])
+def change_output(path):
+    weights = torch.load(path / "consolidated.00.pth", weights_only=True)
+    torch.save(weights | {"output.weight": weights["output.weight"] * 2}, path / "consolidated.00.pth")
+
+
+@pytest.mark.parametrize("flag, change", [("llama", change_output), ("data", change_record), ("llama", change_norm), ("vision", change_bias)])
 def test_inputs_may_move_but_not_change(inputs, tmp_path, flag, change):
     for name in ("captions.json", "vit.pt", "images", "llama"):
         copy = shutil.copytree if (inputs / name).is_dir() else shutil.copy
@@ -621,12 +633,13 @@ def test_inputs_may_move_but_not_change(inputs, tmp_path, flag, change):
 
 def test_a_disk_without_room_is_refused_before_the_training(inputs, tmp_path, monkeypatch):
     command, needed = flags(inputs, tmp_path), 28 * 32 * 64  # bytes, for W
-    for free, enough in (needed - 1, False), (needed, True):
+    (tmp_path / ".state.pth.tmp").write_bytes(bytes(1000))  # of a killed run; the next state replaces it
+    for free, enough in (needed - 1001, False), (needed - 1000, True):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
         if enough:
             in_process(command)
         else:
-            with pytest.raises(UserError, match="need 0.0 GiB, and 0.0 are free"):
+            with pytest.raises(UserError, match="need 0.0 GiB, and there is room for 0.0"):
                 in_process(command)
             assert not (tmp_path / "config.json").exists()
 
@@ -822,7 +835,7 @@ BROKEN = {
                        r"^step 1: sample s9: picture x.png: not a readable picture \(DecompressionBomb"),
     "no green token": (None, {"max_length": "SHORT"}, "^step 1: .*no green token.*--max-length"),
     "no room for a picture": (None, {"max_length": 40}, "^--max-length 40: .*picture"),
-    "an out that is a file": (write_empty_file, {"out": "BAD"}, "BAD/.lock: could not be written"),
+    "an out that is a file": (write_empty_file, {"out": "BAD"}, "BAD: exists and is not a run of train.py"),
 }  # fmt: skip
 
 
@@ -892,12 +905,15 @@ def test_pictures_that_cannot_be_read_are_skipped_up_to_a_number(inputs, tmp_pat
     [
         (["--data", "x.json"], "--llama and --vision missing"),
         (["--images", "x"], "--images and --projector go with"),
-        (["--batch-size", "0"], "--batch-size: 0 is not a whole number of 1 or more"),
-        (["--max-steps", "1.5"], "--max-steps: 1.5 is not a whole number"),
-        (["--lr", "-1"], "--lr: -1 is not a number of 0.0 or more"),
-        (["--warmup-ratio", "2"], "--warmup-ratio: 2 is not a number of 0.0 to 1.0"),
-        (["--lr", "nan"], "--lr: nan is not a number"),
-        (["--seed", "-1"], "--seed: -1 is not a whole number"),
+        (["--batch-size", "0"], "--batch-size: 0: expected a whole number of 1 or more"),
+        (["--max-steps", "1.5"], "--max-steps: 1.5: expected a whole number of 1 or more"),
+        (["--lr", "-1"], "--lr: -1: expected a number of 0.0 or more"),
+        (["--warmup-ratio", "2"], "--warmup-ratio: 2: expected a number from 0.0 to 1.0"),
+        (["--lr", "nan"], "--lr: nan: expected a number"),
+        (["--lr", "inf"], "--lr: inf: expected a number"),
+        (["--seed", "-1"], "--seed: -1: expected a whole number"),
+        (["--seed", str(2**64)], "--seed: .*: expected a whole number"),
+        (["--workers", "100000"], "--workers: 100000: expected a whole number from 0 to 256"),
         (["--batchsize", "3"], "unrecognized arguments: --batchsize"),
         (["--task", "chat"], "--task chat: belongs to stage 2"),
         (["--parallel", "fsdp"], "--parallel fsdp: .*torchrun"),
