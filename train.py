@@ -41,7 +41,7 @@ from common import (
     write_json,
 )
 from conversation import TEMPLATE
-from data import SCIENCEQA_PROMPT, Encoder, Examples, Pictures, Share, Shares, prefetched
+from data import SCIENCEQA_PROMPT, Encoder, Examples, Share, Shares, prefetched
 from distributed import (
     by_process_0,
     clip_gradients,
@@ -53,6 +53,7 @@ from distributed import (
     processes,
     restore,
 )
+from formats.pictures import Pictures
 from model import LLaVA
 from vision import FEATURE_LAYER, PREPROCESSING
 

@@ -130,11 +130,12 @@ def unchanged(step):
 def read_data(folder: Path, workers: str, epochs: str) -> dict:
     """Starts up, reads pictures in random order, then reads some epochs through the DataLoader."""
     import data
+    from formats.pictures import Pictures
 
     result, began = dict(imports=memory(), memory={}), time.time()
     examples = data.Examples([folder / "chat.json"])
     result["records_s"], began = time.time() - began, time.time()
-    pictures = data.Pictures(folder / "images.zip")
+    pictures = Pictures(folder / "images.zip")
     result["zip_s"] = time.time() - began
 
     chosen = np.random.default_rng(0).integers(len(examples), size=READS)

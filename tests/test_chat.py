@@ -23,7 +23,8 @@ import chat
 from common import UserError, printable
 from conversation import STOP, stop_ids, surface, tokenize
 from data import Examples
-from vision import open_picture, preprocess
+from formats.pictures import open_picture
+from vision import preprocess
 
 
 def script(talker, text, *tokens, then=None):
