@@ -19,7 +19,7 @@ import torch
 import checkpoint
 from common import ArgumentParser, UserError, number, printable, run_command, write_json
 from conversation import IMAGE, TEMPLATE, answer_text, has_ended, tokenize
-from data import read_pixels
+from vision import load_pixels
 
 TRAINED_BY = "torchrun train.py --stage 2"
 HELP = """\
@@ -50,7 +50,7 @@ class Chat:
     def look(self, path: Path | None):
         """Starts again, about this picture. Raises UserError if it cannot be read; then nothing changes."""
         size = self.model.vision.config.image_size
-        pixels = read_pixels(path, size) if path else torch.empty(0, 3, size, size, dtype=torch.uint8)
+        pixels = load_pixels(path, size) if path else torch.empty(0, 3, size, size, dtype=torch.uint8)
         self.path, self.pixels, self.turns = path, pixels, []
 
     def ask(self, question: str) -> Iterator[str]:

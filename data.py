@@ -7,36 +7,33 @@
     captions        [{"image", "caption"}, ...] as a JSON list or one object a line; a request is drawn for each
     ScienceQA       a folder with problems.json, pid_splits.json and images/{split}/{id}/image.png
 
+formats/records.py reads these files and formats/pictures.py the pictures; this file turns each record into an example.
 All records are checked before training starts. Threads compute the streams ahead of the training.
 """
 
 import collections
-import contextlib
 import hashlib
 import itertools
 import json
 import math
 import multiprocessing
 import os
-import posixpath
 import random
-import unicodedata
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
-from common import UserError, printable, read_json, reason, shorten
+from common import UserError, printable, shorten
 from conversation import IMAGE, IMAGE_ID, split_at_picture, system_ids, tokenize
-from vision import open_picture, preprocess
+from formats.pictures import Pictures, check_inside, open_picture
+from formats.records import LETTERS, read_records, read_scienceqa
+from vision import preprocess
 
 REQUESTS = (  # section 4.2.1: a caption answers one of these, drawn at random
     "Say in a few words what this picture shows.",
@@ -48,10 +45,8 @@ REQUESTS = (  # section 4.2.1: a caption answers one of these, drawn at random
     "Describe this picture in short.",
     "Name what the picture shows, without detail.",
 )
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SCIENCEQA_PROMPT = "QCM-LEA"  # question, context, choices -> lecture, explanation, answer; recorded with the run
 READ_TIMEOUT = 300  # seconds that the pictures of a share may take
-MAX_BYTES = 2**28  # of an encoded picture; a larger one may be a decompression bomb
 
 
 @dataclass(frozen=True)
@@ -126,33 +121,7 @@ def options_line(choices: list[str]) -> str:
     return "Options: " + " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices))
 
 
-def check_inside(name):
-    """Raises ValueError unless a picture's path, which comes from a downloaded file, stays below its folder."""
-    parts = name.split("/") if isinstance(name, str) else [""]
-    if parts[0] == "" or ".." in parts or {"\0", "\\"} & {*name}:
-        raise ValueError(f"its image {name!r:.80} is not a path inside the picture folder")
-
-
 # --- data sets
-
-
-def read_records(path: Path) -> list[dict]:
-    """The objects of a JSON list or of JSON lines."""
-    decoder, values, end = json.JSONDecoder(), [], 0
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-        while end < len(text):
-            if text[end].isspace():
-                end += 1
-            else:
-                value, end = decoder.raw_decode(text, end)
-                values.append(value)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({reason(error)}); is the path right?") from None
-    records = values[0] if len(values) == 1 and isinstance(values[0], list) else values
-    if not records or not all(isinstance(record, dict) for record in records):
-        raise UserError(f"{path}: holds no samples; expected a list of JSON objects, or one object a line")
-    return records
 
 
 def check_records(path: Path, records: list[dict]) -> str:
@@ -166,50 +135,6 @@ def check_records(path: Path, records: list[dict]) -> str:
             name = printable(str(record.get("id", record.get("image", ""))))[:80]
             raise UserError(f"{path}: sample {i} (id {name}): {str(error)[:300]}; correct or remove it") from None
     return kind
-
-
-def read_scienceqa(folder: Path, split: str = "train", absent: str = "refuse") -> tuple[list[dict], list[str]]:
-    """The problems of a split in the order of pid_splits.json, and the paths of the pictures that are absent.
-
-    A problem is the entry of problems.json with `id` and `image_path` added: the path below the folder, or None.
-    absent: how to treat problems whose picture is absent: `refuse` them, `text` drops the picture, `keep` it.
-    """
-    path = folder / "problems.json"
-    entries, splits = read_json(path, dict), read_json(folder / "pid_splits.json", dict)
-    if not isinstance(splits.get(split), list) or not splits[split]:
-        raise UserError(f"{folder}: pid_splits.json has no problems in split {split!r}; it has {shorten(splits)}")
-    problems, absent_pictures = [], []
-    for id in map(str, splits[split]):
-        try:
-            problem = check_problem(id, entries.get(id))
-        except ValueError as error:
-            raise UserError(f"{path}: problem {id!r:.80} of split {split!r}: {error}") from None
-        image = problem["image_path"]
-        if image and not os.path.isfile(folder / image):
-            absent_pictures.append(image)
-            problem["image_path"] = None if absent == "text" else image
-        problems.append(problem)
-    if absent_pictures and absent == "refuse":
-        raise UserError(f"{folder}: {len(absent_pictures)} pictures are absent ({shorten(absent_pictures)}); "
-                        "unpack them there, or give --missing-pictures-as-text to do without")  # fmt: skip
-    return problems, absent_pictures
-
-
-def check_problem(id: str, entry: dict | None) -> dict:
-    """A problem of problems.json with `id` and `image_path`; texts that are absent become "". Raises ValueError."""
-    if not isinstance(entry, dict):
-        raise ValueError(f"expected a JSON object, not {entry!r:.80}")
-    problem = entry | {"id": id} | {key: entry.get(key) or "" for key in ("hint", "lecture", "solution", "image")}
-    texts = [problem.get(key) for key in ("question", "split", "hint", "lecture", "solution", "image")]
-    choices, answer = problem.get("choices"), problem.get("answer")
-    if not isinstance(choices, list) or not all(isinstance(text, str) for text in texts + choices):
-        raise ValueError("its question, split, hint, lecture, solution, image and each of its choices must be texts")
-    if type(answer) is not int or not 0 <= answer < len(choices) <= len(LETTERS):
-        raise ValueError(f"`answer` is {answer!r:.80}; expected an index into its choices, {len(LETTERS)} at most")
-    problem["image_path"] = f"images/{problem['split']}/{id}/{problem['image']}" if problem["image"] else None
-    if problem["image_path"]:
-        check_inside(problem["image_path"])
-    return problem
 
 
 KINDS = {"LLaVA conversations": from_llava, "captions": from_caption, "ScienceQA": from_scienceqa}
@@ -266,61 +191,6 @@ class Examples:
         if self.absent_pictures:
             lines.append(f"{len(self.absent_pictures)} pictures are absent; their problems are used without one")
         return lines
-
-
-class Pictures:
-    """Encoded pictures by name, from a folder or straight from a zip."""
-
-    def __init__(self, path: str | Path):
-        self.path, self.archive = Path(path), None
-        if not self.path.is_dir():
-            try:
-                self.archive = zipfile.ZipFile(path)
-                entries = [entry for entry in self.archive.infolist() if not entry.filename.startswith("__MACOSX/")]
-                self.entries = {plain_name(entry): entry for entry in entries}
-                self.top = os.path.commonprefix(list(self.entries)).rpartition("/")[0]  # the folder of all pictures
-            except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
-                raise UserError(f"{path}: neither a folder nor an intact zip of pictures ({reason(error)}); correct "
-                                "--images, or copy the zip again") from None  # fmt: skip
-
-    def read(self, name: str) -> bytes:
-        """Raises ValueError with the reason if the picture is absent, damaged or over MAX_BYTES."""
-        check_inside(name)
-        try:
-            if self.archive is None:
-                file: IO[bytes] = open(self.path / name, "rb")
-            else:
-                name = unicodedata.normalize("NFC", posixpath.normpath(name))
-                entry = self.entries.get(name) or self.entries[f"{self.top}/{name}"]
-                if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise ValueError("neither stored nor deflated")  # zipfile bounds only these while it unpacks
-                file = self.archive.open(entry)
-            with file:
-                content = file.read(MAX_BYTES + 1)
-        except KeyError:
-            raise ValueError(f"cannot be read from {self.path}: No such file in the zip") from None
-        except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"cannot be read from {self.path}: {reason(error)}") from None
-        if len(content) > MAX_BYTES:
-            raise ValueError(f"cannot be read from {self.path}: it has more than {MAX_BYTES} bytes")
-        return content
-
-
-def plain_name(entry: zipfile.ZipInfo) -> str:
-    """The name of a zip's entry in NFC. Python reads names without the UTF-8 flag as code page 437; most are UTF-8."""
-    name = entry.filename.removeprefix("./")
-    if not entry.flag_bits & 0x800 and not name.isascii():
-        with contextlib.suppress(UnicodeError):
-            name = name.encode("cp437").decode()
-    return unicodedata.normalize("NFC", name)
-
-
-def read_pixels(path: Path, size: int) -> torch.Tensor:
-    """The pixels (1, 3, size, size) uint8 of a picture that the user names. Raises UserError."""
-    try:
-        return torch.from_numpy(preprocess(open_picture(path.read_bytes()), size)[None])
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 # --- examples -> one stream

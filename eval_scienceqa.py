@@ -23,8 +23,10 @@ from tqdm import tqdm
 import checkpoint
 from common import ArgumentParser, UserError, append_lines, number, read_json, replacing, run_command, write_json
 from conversation import TEMPLATE, answer_text, has_ended, tokenize
-from data import LETTERS, SCIENCEQA_PROMPT, Encoder, Example, Pictures, read_records, read_scienceqa, scienceqa_question
+from data import SCIENCEQA_PROMPT, Encoder, Example, scienceqa_question
 from distributed import by_process_0, gathered, processes
+from formats.pictures import Pictures
+from formats.records import LETTERS, read_records, read_scienceqa
 from model import LLaVA
 
 CATEGORIES = {  # the columns of the paper's table; a question counts in several

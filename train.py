@@ -42,8 +42,9 @@ from common import (
     write_json,
 )
 from conversation import TEMPLATE
-from data import SCIENCEQA_PROMPT, Encoder, Examples, Pictures, Share, Shares, prefetched
+from data import SCIENCEQA_PROMPT, Encoder, Examples, Share, Shares, prefetched
 from distributed import by_process_0
+from formats.pictures import Pictures
 from model import LLaVA
 from vision import FEATURE_LAYER, PREPROCESSING
 

@@ -3,31 +3,29 @@
 The ViT follows "Learning Transferable Visual Models From Natural Language Supervision" (CLIP) and has the parameter
 names of OpenAI's release. LLaVA never trains it and reads the grid features of one of its last layers ("before and
 after the last Transformer layer", section 4.1), so the blocks above that layer are not built.
+formats/pictures.py decodes the pictures.
 
 Shapes: B pictures, `size` pixels a side, P patches = (size / patch)², D width, H heads.
 """
 
-import io
-import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image
+
+from common import UserError
+from formats.openai import HEAD_DIM
+from formats.pictures import MAX_PIXELS, open_picture
 
 FEATURE_LAYER = -2  # the output of the second-to-last block; the paper's ablation reads -1, which scores lower
-HEAD_DIM = 64  # in every published CLIP ViT: heads = width / 64
 PREPROCESSING = "CLIP's: shorter side by bicubic, centre crop, mean and deviation"  # recorded with every run
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's normalisation of each RGB channel in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # decoders that run no external program
-Turn = Image.Transpose
-TURNS = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE, 6: Turn.ROTATE_270,
-         7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}  # what turns a picture of each EXIF orientation upright  # fmt: skip
-MAX_PIXELS = 100_000_000  # of a picture before or after resizing; a larger one may be a decompression bomb
 
 
 @dataclass(frozen=True)
@@ -51,43 +49,6 @@ class VisionConfig:
 # --- picture -> pixels
 
 
-def open_picture(data: bytes) -> Image.Image:
-    """Decodes an encoded picture to RGB, upright by its EXIF orientation.
-
-    Raises ValueError with the reason if it has none of FORMATS, is damaged, or has more than MAX_PIXELS.
-    """
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB; at 1 MB Pillow refuses long comments
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # MAX_PIXELS is stricter than Pillow's own warning
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels exceed the limit of {MAX_PIXELS}")
-        image.load()
-        return turn_upright(to_rgb(image), image)
-    except UnidentifiedImageError:
-        raise ValueError(f"not a readable picture (none of {', '.join(FORMATS)})") from None
-    except Exception as error:  # Pillow's decoders raise SyntaxError, EOFError, struct.error and others
-        raise ValueError(f"not a readable picture ({type(error).__name__}: {str(error)[:100]})") from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode[0] in "IF":  # integers of 16 or 32 bits, or floats; Pillow's own conversion clips them to 255
-        upper = np.asarray(image) // 256
-        if image.mode == "F" or upper.min() < 0 or upper.max() > 255:
-            raise ValueError("its pixels are not integers of 8 or 16 bits")
-        image = Image.fromarray(upper.astype(np.uint8))
-    return image.convert("RGB")
-
-
-def turn_upright(image: Image.Image, original: Image.Image) -> Image.Image:
-    """Turns `image` by the EXIF orientation of `original`. Damaged EXIF does not count."""
-    try:
-        turn = TURNS.get(original.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:
-        turn = None
-    return image if turn is None else image.transpose(turn)
-
-
 def preprocess(image: Image.Image, size: int) -> np.ndarray:
     """CLIP's preprocessing before the normalisation: resizes the shorter side to `size`, crops the centre.
 
@@ -102,6 +63,14 @@ def preprocess(image: Image.Image, size: int) -> np.ndarray:
     left, top = (width - size) // 2, (height - size) // 2
     image = image.crop((left, top, left + size, top + size))
     return np.asarray(image).transpose(2, 0, 1).copy()  # (3, size, size)
+
+
+def load_pixels(path: Path, size: int) -> torch.Tensor:
+    """The pixels (1, 3, size, size) uint8 of a picture that the user names. Raises UserError."""
+    try:
+        return torch.from_numpy(preprocess(open_picture(path.read_bytes()), size)[None])
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:

@@ -29,9 +29,10 @@ from tqdm import trange
 from checkpoint import load_vision, save_llama
 from common import ArgumentParser, replacing, run_command
 from conversation import IMAGE_ID, load_tokenizer, render, system_ids, tokenize
-from data import LETTERS, from_caption, from_scienceqa, options_line
+from data import from_caption, from_scienceqa, options_line
 from demo import world
 from demo.world import ATTRIBUTES, PLACES, Scene, draw_scene, empty_places
+from formats.records import LETTERS
 from model import LLaMA, LLaMAConfig, causal_attention, position_ids
 from vision import VisionConfig, VisionTransformer, normalize
 

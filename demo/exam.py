@@ -21,10 +21,11 @@ from tqdm import tqdm
 from checkpoint import build, load_llama, load_run, load_vision, open_run
 from common import ArgumentParser, UserError, read_json, run_command, write_json
 from conversation import IMAGE
-from data import REQUESTS, Encoder, Example, Pictures
+from data import REQUESTS, Encoder, Example
 from demo import world
 from demo.world import ATTRIBUTES, COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
 from eval_scienceqa import CATEGORIES, ask, categories
+from formats.pictures import Pictures
 from model import LLaVA
 
 QUESTIONS_PER_SCENE = 2  # for the chatbot

@@ -1,6 +1,7 @@
-"""Shared by the test files: tiny seeded models, their twins in `transformers`, a tiny tokenizer, samples, streams."""
+"""Shared by the test files: tiny seeded models, their twins in `transformers`, a tiny tokenizer, pictures, samples."""
 
 import io
+import json
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # hides the GPUs from torch: the tests compare results of the CPU
 
+import numpy as np  # noqa: E402
 import sentencepiece  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -206,6 +208,53 @@ def llava_twin(llava: LLaVA, longest: int = 256) -> transformers.LlavaForConditi
 def error(ours: torch.Tensor, reference: torch.Tensor) -> float:
     """The relative error in the Euclidean norm."""
     return ((ours - reference).norm() / reference.norm()).item()
+
+
+# --- files
+
+
+def write(path, value):
+    """Writes text, or any other value as JSON."""
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    return path
+
+
+SCIENCEQA = {
+    "1": dict(question="Which?  Say.", choices=["no", "yes"], answer=1, hint="", image="image.png", split="test",
+              lecture="L1\nL2", solution="S."),
+    "2": dict(question="Q", choices=["a", "b"], answer=0, hint="H", image=None, split="test", lecture="", solution=""),
+}  # fmt: skip
+
+
+@pytest.fixture
+def scienceqa(tmp_path):
+    """A ScienceQA folder of two problems, the first with a picture."""
+    write(tmp_path / "problems.json", SCIENCEQA)
+    write(tmp_path / "pid_splits.json", {"test": ["2", "1"], "train": []})
+    (tmp_path / "images/test/1").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(tmp_path / "images/test/1/image.png")
+    return tmp_path
+
+
+def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A colour picture with smooth shades, hard edges and noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width] / max(width, height)
+    picture = np.empty((height, width, 3))
+    for channel in range(3):
+        waves = sum(np.sin(rng.normal(0, 2.0**k) * x + rng.normal(0, 2.0**k) * y + k) / k for k in range(1, 8))
+        picture[..., channel] = 128 + 60 * waves + rng.normal(0, 8, (height, width))
+    for _ in range(6):
+        left, top, size = rng.uniform(0, 1, 3)
+        inside = (abs(x - left) < size / 6) & (abs(y - top) < size / 6)
+        picture[inside] = rng.uniform(0, 255, 3)
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image, format: str = "PNG", **settings) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **settings)
+    return file.getvalue()
 
 
 # --- samples

@@ -33,9 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from conftest import ROOT, llama_twin, randomize, tiny_tokenizer, tiny_vit, vit_twin
+from conftest import ROOT, SCIENCEQA, llama_twin, randomize, tiny_tokenizer, tiny_vit, vit_twin
 from PIL import Image
-from test_data import SCIENCEQA
 from test_import_llava import llama_for, their_llava, write_llava, write_original
 from test_torchscript import write_torchscript
 from tqdm import tqdm
@@ -46,6 +45,8 @@ import distributed
 import eval_scienceqa
 from common import UserError, reason
 from conversation import show, system_ids, tokenize
+from formats.pictures import Pictures
+from formats.records import read_scienceqa
 from model import LLaMA, LLaMAConfig
 from tools.import_llava import import_llava
 from vision import VisionConfig, VisionTransformer
@@ -81,12 +82,12 @@ def read_examples(folder: Path):
             place = os.path.normpath(f"/pictures/{example.image}")
             assert place.startswith("/pictures/") and not {"\0", "\\"} & {*place}, f"{place!r} leads out of the folder"
     if folder.name == "scienceqa":
-        problems = data.read_scienceqa(folder, absent=absent)[0]
+        problems = read_scienceqa(folder, absent=absent)[0]
         eval_scienceqa.table(problems, eval_scienceqa.score(problems, {"1": "B"}))
 
 
 def read_pictures(path: Path):
-    encoder, errors = data.Encoder(TOKENIZER, 4, 28, data.Pictures(path), 2048), []
+    encoder, errors = data.Encoder(TOKENIZER, 4, 28, Pictures(path), 2048), []
     for name in ("../../outside", "/etc/hostname", *PICTURES):
         try:
             sample = encoder.encode(data.Example("1", ["<image>\nWhat?", "A cat."], name))
@@ -226,7 +227,7 @@ def shard_of(name: str, weight: torch.Tensor, i: int, n: int) -> torch.Tensor:
 
 def write_visions(case: Path, vision: VisionTransformer):
     weights = {f"visual.{name}": p.detach() for name, p in vision.named_parameters()}
-    write_torchscript(weights | {"logit_scale": torch.tensor(7)}, case / "openai/ViT.zip")
+    write_torchscript(weights | {"input_resolution": torch.tensor(42)}, case / "openai/ViT.zip")
     torch.save(weights, case / "run/vit.pt")
     vit_twin(vision).save_pretrained(case / "clip")
 

@@ -24,7 +24,8 @@ import chat
 from common import UserError, printable
 from conversation import answer_text, has_ended, tokenize
 from data import Examples
-from vision import open_picture, preprocess
+from formats.pictures import open_picture
+from vision import preprocess
 
 
 def script(talker, text, *tokens, then=None):

@@ -293,6 +293,10 @@ def test_a_finished_llava_and_deltas_are_refused_with_the_command_that_converts_
     torch.save(deltas, folder / "pytorch_model.bin")
     with refused(folder, "tools.import_llava", "--llama-base"):
         load_llama(folder)
+    deltas = {name: 0.01 * p.detach() for name, p in llama.named_parameters()}
+    checkpoint.save_llama(llama.config, deltas, tmp_path / "raw")
+    with refused(tmp_path / "raw", "tools.import_llava", "--llama-base"):
+        load_llama(tmp_path / "raw")
 
 
 # --- CLIP in its formats

@@ -24,7 +24,8 @@ import checkpoint
 import distributed
 from common import UserError
 from conversation import load_tokenizer
-from data import Encoder, Examples, Pictures, Shares
+from data import Encoder, Examples, Shares
+from formats.pictures import Pictures
 
 # Trains with each list of arguments of runs.json: continues a copy of an earlier run if one is named, and stops after a
 # step if one is given. Then calls the functions that exchange values, and writes what they return.

@@ -24,8 +24,10 @@ import checkpoint
 import eval_scienceqa
 from common import UserError
 from conversation import TEMPLATE, answer_text, has_ended, tokenize
-from data import SCIENCEQA_PROMPT, Encoder, Example, Pictures, read_scienceqa, scienceqa_question
+from data import SCIENCEQA_PROMPT, Encoder, Example, scienceqa_question
 from eval_scienceqa import ask
+from formats.pictures import Pictures
+from formats.records import read_scienceqa
 from model import LLaMA, LLaMAConfig, Projection
 from vision import VisionConfig, VisionTransformer
 

@@ -17,9 +17,10 @@ from common import UserError
 from conversation import IMAGE, IMAGE_ID, answer_text, has_ended, render, system_ids, tokenize
 from data import scienceqa_question
 from demo.world import LLAMA, VISION
+from formats.pictures import open_picture
 from model import LLaMA, Projection, StreamAttention, position_ids
 from tools import export
-from vision import normalize, open_picture, preprocess
+from vision import normalize, preprocess
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("google.protobuf")

@@ -128,7 +128,7 @@ def test_params_of_another_model_are_refused(tmp_path, changes, word):
 
 def test_faults_of_params_json_have_their_position(tmp_path):
     path = write_raw(tiny_llama(), tmp_path / "raw") / "params.json"
-    for content, words in ((b'{"dim": 64,\n "n_layers": }', ["line 2, column 14"]), (b"[1, 2]", ["JSON list"]),
+    for content, words in ((b'{"dim": 64,\n "n_layers": }', ["line 2 column 14"]), (b"[1, 2]", ["JSON list"]),
                            (b'{"dim": "\xff"}', ["JSON"]), (b'{"dim": ' + b"9" * 5000 + b"}", ["JSON"])):  # fmt: skip
         path.write_bytes(content)
         with refused(path, *words):

@@ -17,7 +17,7 @@ from PIL import Image
 
 import eval_scienceqa
 from conversation import SYSTEM
-from data import read_scienceqa
+from formats.records import read_scienceqa
 from tools import pages
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -19,6 +19,7 @@ from PIL import Image
 import data
 from common import UserError
 from conversation import system_ids, tokenize
+from formats.pictures import Pictures
 from tools import prepare_cc3m
 
 CAPTIONS = [f"a {colour} {thing} in the {place}" for place in ("garden", "street") for colour in ("red", "blue")
@@ -167,7 +168,7 @@ def test_training_reads_the_output(tmp_path, kind, tiny_tokenizer):
     prepare(source, tmp_path / "out")
     examples = data.Examples([tmp_path / "out" / "chat.json"])
     assert examples.kinds == ["LLaVA conversations"] and len(examples) == 48
-    pictures = data.Pictures(source if kind == "files" else tmp_path / "out" / "images.zip")
+    pictures = Pictures(source if kind == "files" else tmp_path / "out" / "images.zip")
     encoder = data.Encoder(tiny_tokenizer, 4, 28, pictures, 512)
     for i in (0, 47):
         sample = encoder.encode(examples[i])

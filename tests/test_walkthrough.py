@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from common import read_json  # noqa: E402
 from demo import world  # noqa: E402
-from vision import open_picture  # noqa: E402
+from formats.pictures import open_picture  # noqa: E402
 
 WALKTHROUGH = ROOT / "docs" / "walkthrough.md"
 BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL)  # code, and its output

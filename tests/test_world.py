@@ -12,7 +12,8 @@ import data
 from common import UserError
 from conversation import load_tokenizer
 from demo import world
-from vision import open_picture
+from formats.pictures import Pictures, open_picture
+from formats.records import read_scienceqa
 
 SMALL = dict(CAPTIONED=300, HELD_OUT=20, QUIZ=dict(train=300, val=10, test=200))
 
@@ -101,7 +102,7 @@ def test_the_data_is_what_train_reads(folder):
     assert len(captions) == SMALL["CAPTIONED"]
     first = {example.turns[0].startswith("<image>") for example in examples}
     assert first == {True, False}  # Eq. 2
-    pictures = data.Pictures(folder / "images")
+    pictures = Pictures(folder / "images")
     for example in (*examples, *captions):
         assert open_picture(pictures.read(example.image)).size == (world.PIXELS, world.PIXELS)
 
@@ -152,7 +153,7 @@ def test_a_folder_that_cannot_be_written_ends_in_one_line(small, tmp_path):
 
 def test_the_quiz_is_scienceqa_in_all_its_categories(folder):
     for split, count in SMALL["QUIZ"].items():
-        problems = data.read_scienceqa(folder / "scienceqa", split)[0]
+        problems = read_scienceqa(folder / "scienceqa", split)[0]
         assert len(problems) == count
         if count < 100:
             continue

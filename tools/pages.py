@@ -23,7 +23,7 @@ import data
 from common import ArgumentParser, UserError, printable, replacing, run_command
 from conversation import load_tokenizer, stretches, summary, tokenize
 from demo import world
-from vision import open_picture
+from formats.pictures import Pictures, open_picture
 
 PICTURE_SIZE = 320  # pixels of the longer side of a picture on a page, at most
 LOSSLESS_BELOW = 100  # pixels of the longer side; such a picture is small enough to be stored without loss
@@ -78,7 +78,7 @@ def picture_link(path: Path) -> str | None:
 def evaluation_page(title: str, about: str, folder: Path, problems: list[dict], result: dict) -> str:
     """The page of an evaluation: the table of scores, and every question with its picture and the model's answer.
 
-    folder: ScienceQA's, which holds the pictures. problems: as `data.read_scienceqa` returns them. result: as
+    folder: ScienceQA's, which holds the pictures. problems: as `read_scienceqa` returns them. result: as
     `eval_scienceqa.score` returns it.
 
     The page holds all text as JSON, which its script inserts as text, never as HTML.
@@ -133,7 +133,7 @@ def sample_section(sp: SentencePieceProcessor, ids: np.ndarray, green: np.ndarra
 
 
 def samples_page(sp: SentencePieceProcessor, examples: list[data.Example], n_patches: int,
-                 pictures: data.Pictures | None) -> str:  # fmt: skip
+                 pictures: Pictures | None) -> str:  # fmt: skip
     """A page of samples. Without `pictures`, or if a picture cannot be read, the page shows the number of patches."""
     page = SAMPLES_HEAD
     for example in examples:
@@ -149,14 +149,14 @@ def samples_page(sp: SentencePieceProcessor, examples: list[data.Example], n_pat
     return page
 
 
-def open_pictures(args: argparse.Namespace) -> data.Pictures | None:
+def open_pictures(args: argparse.Namespace) -> Pictures | None:
     """The pictures of --data: those of --images, the demo's or a ScienceQA folder's; None if no flag names them."""
     if args.images:
-        return data.Pictures(args.images)
+        return Pictures(args.images)
     if not args.data:
-        return data.Pictures(world.FOLDER / "images")
+        return Pictures(world.FOLDER / "images")
     if Path(args.data[0]).is_dir():
-        return data.Pictures(args.data[0])
+        return Pictures(args.data[0])
     return None
 
 

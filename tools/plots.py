@@ -25,9 +25,10 @@ import checkpoint
 from chat import TRAINED_BY
 from common import ArgumentParser, UserError, printable, read_json, reason, replacing, run_command, write_error
 from conversation import IMAGE, IMAGE_ID, STOP, TEMPLATE, has_ended, surface, tokenize
-from data import REQUESTS, read_pixels
+from data import REQUESTS
 from demo import world
 from model import LLaVA, StreamAttention, position_ids
+from vision import load_pixels
 
 METRICS = ("step", "loss", "lr", "grad_norm", "tokens", "seconds")  # every complete line of metrics.jsonl has these
 CURVES = {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm before clipping", "speed": "tokens/s"}
@@ -215,7 +216,7 @@ def attention_figure(args: argparse.Namespace):
         n_layers = model.llama.config.n_layers
         if args.layer is not None and not 1 <= args.layer <= n_layers:
             raise UserError(f"--layer {args.layer}: the LLaMA of {args.model} has layers 1 to {n_layers}")
-        pixels = read_pixels(args.image, model.vision.config.image_size)  # (1, 3, size, size)
+        pixels = load_pixels(args.image, model.vision.config.image_size)  # (1, 3, size, size)
         with autocast:
             words = look(model, sp, pixels.to(device), args.prompt, args.max_new_tokens)
         if args.layer is None:

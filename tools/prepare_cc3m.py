@@ -35,7 +35,9 @@ import numpy as np
 from tqdm import tqdm
 
 from common import ArgumentParser, UserError, printable, read_json, reason, replacing, run_command
-from data import MAX_BYTES, Pictures, check_records, from_caption, read_records
+from data import check_records, from_caption
+from formats.pictures import MAX_BYTES, Pictures
+from formats.records import read_records
 from tools.plots import drawing
 
 TSV, FILES, TARS, JSON = "Google's TSV", "img2dataset's files", "img2dataset's tars", "captions in JSON"

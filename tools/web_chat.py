@@ -12,7 +12,7 @@ from pathlib import Path
 from chat import Chat, add_arguments, open_chat
 from common import ArgumentParser, UserError, reason, run_command
 from conversation import IMAGE
-from vision import open_picture
+from formats.pictures import open_picture
 
 ADDRESS = "127.0.0.1"  # other machines cannot reach the page
 
