@@ -136,7 +136,7 @@ def test_attention_figure(run, tmp_path, monkeypatch, capsys):  # noqa: F811
                            (("--image", tmp_path / "none.png"), "error: .*none.png: No such file"),
                            (("--model", tmp_path), "error: .*no run directory"),
                            (("--out", tmp_path / "x.jpg"), "error: --out .*x.jpg: must name a file that ends in .png"),
-                           (("--max-new-tokens", 0), "error: --max-new-tokens 0: must be 1 or more")):  # fmt: skip
+                           (("--max-new-tokens", 0), "--max-new-tokens: 0: expected a whole number of 1 or more")):  # fmt: skip
         with pytest.raises(SystemExit, match=message):
             command(monkeypatch, *ask, "--out", tmp_path / "x.png", *flags)
     assert not (tmp_path / "x.png").exists()

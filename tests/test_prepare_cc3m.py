@@ -301,19 +301,21 @@ def test_inputs_without_usable_captions(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.tsv").write_bytes(b"")
     (tmp_path / "words.tsv").write_text("it is there\thttp://x.org\n")
+    (tmp_path / "blank.tsv").write_text("\thttp://x.org\n" * 3)
     (tmp_path / "rare.tsv").write_text("a dog\thttp://x.org\n")
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]
     (tmp_path / "chat.json").write_text(json.dumps([dict(conversations=turns)]))
     (tmp_path / "out.json").write_text('[{"image": "../x.jpg", "caption": "a dog"}]')
     for name, message in {"nothing": "cannot be read", "empty": "expected the output of img2dataset",
                           "empty.tsv": "no noun phrase in its 0 captions", "words.tsv": "no noun phrase in its 1",
+                          "blank.tsv": "in its 0 captions; 3 records skipped: without a caption",
                           "rare.tsv": "lower --at-least", "chat.json": "holds LLaVA conversations",
                           "out.json": "not a path inside the picture folder"}.items():  # fmt: skip
         with pytest.raises(UserError, match=message):
             prepare(tmp_path / name, tmp_path / "new")
-    with pytest.raises(UserError, match="--at-most 0: must be 1 or more"):
+    with pytest.raises(UserError, match="--at-most: 0: expected a whole number of 1 or more"):
         prepare(tmp_path / "rare.tsv", tmp_path / "new", "--at-most", 0)
-    with pytest.raises(UserError, match="--seed -1: must be 0 or more"):
+    with pytest.raises(UserError, match="--seed: -1: expected a whole number of 0 or more"):
         prepare(tmp_path / "rare.tsv", tmp_path / "new", "--seed", -1)
     assert not (tmp_path / "new").exists()
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import checkpoint
-from common import ArgumentParser, UserError, run_command
+from common import ArgumentParser, number, run_command
 from demo.world import LLAMA, VISION
 from model import LLaMAConfig
 from vision import FEATURE_LAYER, VisionConfig
@@ -153,14 +153,11 @@ def main():
     add("--vision", type=Path, metavar="PATH", help="a CLIP ViT (default: ViT-L/14 at 224 pixels; without --llama the "
         "demo's)")  # fmt: skip
     add("--stage", type=int, choices=(1, 2), help="plan this stage only (default: both)")
-    add("--gpus", type=int, default=8, help="number of GPUs")
-    add("--gpu-memory", type=int, default=80, metavar="GIB", help="memory of one GPU")
+    add("--gpus", type=number(1), default=8, help="number of GPUs")
+    add("--gpu-memory", type=number(1), default=80, metavar="GIB", help="memory of one GPU")
     add("--precision", choices=("bf16", "fp32"), default="bf16", help="of the matrix products")
-    add("--micro-batch-tokens", type=int, default=4096, help="positions of a micro-batch")
+    add("--micro-batch-tokens", type=number(1), default=4096, help="positions of a micro-batch")
     args = parser.parse_args()
-    for name in ("gpus", "gpu_memory", "micro_batch_tokens"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
     vision_path = args.vision
     if vision_path is None and args.llama is None:
         vision_path = VISION

@@ -23,7 +23,7 @@ import torch
 
 import checkpoint
 from chat import TRAINED_BY
-from common import ArgumentParser, UserError, printable, read_json, reason, replacing, run_command, write_error
+from common import ArgumentParser, UserError, number, printable, read_json, reason, replacing, run_command, write_error
 from conversation import IMAGE, IMAGE_ID, STOP, TEMPLATE, has_ended, surface, tokenize
 from data import REQUESTS
 from demo import world
@@ -204,8 +204,6 @@ def attention_figure(args: argparse.Namespace):
     """The `attention` command: asks the run of --model about --image and writes the figure to --out."""
     if args.out.suffix.lower() != ".png":
         raise UserError(f"--out {args.out}: must name a file that ends in .png")
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be 1 or more")
     if args.image is None:
         world.prepare()
         first = read_json(world.FOLDER / "heldout.json", list)[0]
@@ -240,8 +238,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--model", type=Path, metavar="RUN", default=Path("runs/chat"), help="a run directory")
     add("--image", type=Path, metavar="FILE", help="the picture to show (default: the demo's first held-out scene)")
     add("--prompt", metavar="TEXT", default=REQUESTS[0], help="the question")
-    add("--layer", type=int, help="show the attention of this layer, from 1 (default: the mean of all layers)")
-    add("--max-new-tokens", type=int, default=64, help="cut the answer after this number of tokens")
+    add("--layer", type=number(1), help="show the attention of this layer, from 1 (default: the mean of all layers)")
+    add("--max-new-tokens", type=number(1), default=64, help="cut the answer after this number of tokens")
     add("--out", type=Path, metavar="FILE", default=Path("attention.png"), help="the PNG to write")
     return parser.parse_args()
 

@@ -34,7 +34,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from common import ArgumentParser, UserError, printable, read_json, reason, replacing, run_command
+from common import ArgumentParser, UserError, number, printable, read_json, reason, replacing, run_command
 from data import check_records, from_caption
 from formats.pictures import MAX_BYTES, Pictures
 from formats.records import read_records
@@ -281,8 +281,8 @@ def read_concepts(source: Source, find_phrases: PhraseFinder) -> tuple[Concepts,
         per_caption.append(len(different))
         digests += b"".join(map(digest, different))
     if not digests:
-        raise UserError(f"{source.path}: no noun phrase in its {len(per_caption)} captions ({skipped.total()} records "
-                        "were skipped)")  # fmt: skip
+        reasons = "".join(f"; {count} records skipped: {why}" for why, count in skipped.items())
+        raise UserError(f"{source.path}: no noun phrase in its {len(per_caption)} captions{reasons}")
     return group_by_phrase(np.frombuffer(digests, "<u8"), np.frombuffer(per_caption, "H")), skipped
 
 
@@ -410,7 +410,7 @@ def draw(path: Path, before: np.ndarray, after: np.ndarray):
 
 
 def prepare(args: argparse.Namespace):
-    check_arguments(args)
+    check_out(args.out)
     source = open_captions(args.data)
     phrases_by, find_phrases = PHRASES[args.phrases](args.processes)
     print(f"{args.data}: {source.kind}; noun phrases: {phrases_by}", flush=True)
@@ -452,22 +452,15 @@ def prepare(args: argparse.Namespace):
     print(f"{table(report)}\nfor train.py: --data {args.out / 'chat.json'} --images {images}")
 
 
-def check_arguments(args: argparse.Namespace):
-    for name, minimum in dict(at_least=1, at_most=1, processes=1, seed=0).items():
-        if getattr(args, name) < minimum:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {minimum} or more")
-    try:
-        check_out(args.out)
-    except OSError as error:
-        raise UserError(f"{args.out}: cannot be read ({reason(error)}); choose another --out") from None
-
-
 def check_out(out: Path):
     """Refuses to overwrite anything but the output of this command."""
     if not out.exists():
         return
-    if out.is_dir() and all(path.name.startswith(".") for path in out.iterdir()):  # temporary files of a killed run
-        return
+    try:
+        if out.is_dir() and all(path.name.startswith(".") for path in out.iterdir()):  # temporary files of a killed run
+            return
+    except OSError as error:
+        raise UserError(f"{out}: cannot be read ({reason(error)}); choose another --out") from None
     report = out / "report.json"
     if not report.is_file() or not {"phrases_by", "histogram"} <= read_json(report, dict).keys():
         raise UserError(f"{out}: already exists and was not written by tools.prepare_cc3m; choose another --out")
@@ -481,10 +474,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write: chat.json, a report, and for tars "
         "also images.zip")  # fmt: skip
     add("--phrases", choices=PHRASES, default="spacy", help="how noun phrases are found; simple is an approximation")
-    add("--processes", type=int, default=1, help="number of processes that run spaCy")
-    add("--at-least", type=int, default=3, help="phrases in fewer captions are skipped")
-    add("--at-most", type=int, default=100, help="captions that are selected for one phrase")
-    add("--seed", type=int, default=0, help="of the random selection and of the requests")
+    add("--processes", type=number(1), default=1, help="number of processes that run spaCy")
+    add("--at-least", type=number(1), default=3, help="phrases in fewer captions are skipped")
+    add("--at-most", type=number(1), default=100, help="captions that are selected for one phrase")
+    add("--seed", type=number(0), default=0, help="of the random selection and of the requests")
     return parser.parse_args(argv)
 
 
