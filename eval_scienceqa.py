@@ -176,8 +176,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "(default: RUN/answers_SPLIT.json, or answers_SPLIT_swapped.json; PREDICTIONS_scored.json)")  # fmt: skip
     add("--missing-pictures-as-text", action="store_true", help="ask problems without their absent pictures")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--predictions", type=Path, metavar="FILE", help="load no model, score these answers: {id: text} or an "
-        "earlier --out as .json, or the original's answers as .jsonl")  # fmt: skip
+    add("--predictions", type=Path, metavar="FILE", help="load no model, score these answers: {id: text}, an "
+        "earlier --out, or the original's JSON lines")  # fmt: skip
     add("--swap-pictures", action="store_true", help="show each problem the picture of the next one that has one: the "
         "share that is still right did not need to be seen")  # fmt: skip
     args = parser.parse_args(argv)
@@ -193,12 +193,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_predictions(path: Path) -> dict[str, str]:
-    """The answers {id: text} of a file that holds just that, {"outputs": {id: text}, ...}, or the original's .jsonl."""
-    if path.suffix == ".jsonl":
-        outputs: dict = {str(record.get("question_id")): record.get("text") for record in read_records(path)}
+    """{id: text} of a file with that content, with {"outputs": {id: text}, ...}, or with the original's JSON lines."""
+    records = read_records(path)
+    if len(records) > 1 or "question_id" in records[0]:
+        outputs = {str(record.get("question_id")): record.get("text") for record in records}
     else:
-        predictions = read_json(path, dict)
-        outputs = predictions["outputs"] if isinstance(predictions.get("outputs"), dict) else predictions
+        outputs = records[0]["outputs"] if isinstance(records[0].get("outputs"), dict) else records[0]
     for id, text in outputs.items():
         if not isinstance(text, str):
             raise UserError(f"{path}: the answer to {id!r:.80} is {text!r:.60}; expected its text")

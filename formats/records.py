@@ -25,7 +25,7 @@ def read_records(path: Path) -> list[dict]:
         raise UserError(f"{path}: cannot be read as JSON ({reason(error)}); is the path right?") from None
     records = values[0] if len(values) == 1 and isinstance(values[0], list) else values
     if not records or not all(isinstance(record, dict) for record in records):
-        raise UserError(f"{path}: holds no samples; expected a list of JSON objects, or one object a line")
+        raise UserError(f"{path}: expected a list of JSON objects, or one object a line")
     return records
 
 

@@ -429,7 +429,7 @@ def test_refusals(run, quiz, tmp_path):
     (tmp_path / "given.jsonl").write_text('{"question_id": "100", "text": "A"}\n{"question_id": "101"}\n')
     assert "answer to '101' is None" in refused("--predictions", tmp_path / "given.jsonl", *two)
     assert "answer to '101' is None" in with_predictions('{"outputs": {"101": null}}')
-    assert "JSON list" in with_predictions('["A"]') and "line 1 column 12" in with_predictions('{"100": "A"')
+    assert "expected a list of JSON objects" in with_predictions('["A"]') and "line 1 column 12" in with_predictions('{"100": "A"')
     (tmp_path / "given.json").write_text('{"100": "A"}')
     same = ("--predictions", tmp_path / "given.json", "--out", tmp_path / "given.json")
     assert "must name an earlier evaluation" in refused(*same, "--data", quiz)

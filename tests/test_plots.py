@@ -131,7 +131,7 @@ def test_attention_figure(run, tmp_path, monkeypatch, capsys):  # noqa: F811
     assert "all.png shows where each word looks" in capsys.readouterr().out
     (tmp_path / "b.png").write_text("no picture")
     for flags, message in ((("--layer", 3), "error: --layer 3: .* has layers 1 to 2"),
-                           (("--layer", 0), "error: --layer 0: .* has layers 1 to 2"),
+                           (("--layer", 0), "--layer: 0: expected a whole number of 1 or more"),
                            (("--image", tmp_path / "b.png"), "error: .*b.png: not a readable picture"),
                            (("--image", tmp_path / "none.png"), "error: .*none.png: No such file"),
                            (("--model", tmp_path), "error: .*no run directory"),

@@ -29,8 +29,8 @@ GOOD = '{"image": "a.png", "caption": "A cat."}'
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "holds no samples"),
-    ("[]", "holds no samples"),
+    ("", "expected a list of JSON objects"),
+    ("[]", "expected a list of JSON objects"),
     ("[" + GOOD, "line 1 column"),
     (f"[{GOOD}\n {GOOD}]", "line 2 column 2"),
     ('[\n\n  {"image": "a.png", "caption": }]', "line 3 column 33"),
