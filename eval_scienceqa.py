@@ -196,7 +196,7 @@ def read_predictions(path: Path) -> dict[str, str]:
     """{id: text} of a file with that content, with {"outputs": {id: text}, ...}, or with the original's JSON lines."""
     records = read_records(path)
     if len(records) > 1 or "question_id" in records[0]:
-        outputs = {str(record.get("question_id")): record.get("text") for record in records}
+        outputs: dict = {str(record.get("question_id")): record.get("text") for record in records}
     else:
         outputs = records[0]["outputs"] if isinstance(records[0].get("outputs"), dict) else records[0]
     for id, text in outputs.items():
