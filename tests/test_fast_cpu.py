@@ -21,8 +21,6 @@ def onednn(monkeypatch):
     """Applies the replacement on any processor with AVX-512, and removes it after the test."""
     if not fast_cpu.has_onednn():
         pytest.skip("needs a CPU with AVX-512, and oneDNN")
-    monkeypatch.setattr(F, "linear", TORCH_LINEAR)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", TORCH_ATTENTION)
     monkeypatch.setattr(fast_cpu, "prefers_onednn", lambda: True)
     fast_cpu.speed_up(keep_memory=False)
 
@@ -120,8 +118,6 @@ def test_speed_up_may_be_called_twice():
 
 
 def test_other_processors_keep_pytorchs_function(monkeypatch):
-    monkeypatch.setattr(F, "linear", TORCH_LINEAR)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", TORCH_ATTENTION)
     monkeypatch.setattr(fast_cpu, "is_amd", lambda: False)
     fast_cpu.speed_up(keep_memory=False)
     assert F.linear is TORCH_LINEAR
