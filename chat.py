@@ -118,7 +118,6 @@ def obey(chat: Chat, line: str):
 def talk(chat: Chat):
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() its line editing and history)
-    inform(f"about {chat.path or 'no picture'}; /help lists the commands")
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -141,8 +140,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     add = parser.add_argument
     add("--model", type=Path, metavar="RUN", default=Path("runs/chat"), help="a run directory of stage 2")
     add("--image", type=Path, metavar="FILE", help="the picture to talk about (default: none)")
-    add("--temperature", type=number(0.0, 1e9), default=0.0, help="0 = always the most likely token; 1 = the model's "
-        "distribution")  # fmt: skip
+    add("--temperature", type=number(0.0, 100.0), default=0.0, help="0 = always the most likely token; 1 = the "
+        "model's distribution")  # fmt: skip
     add("--top-p", type=number(1e-9, 1.0), default=1.0, help="sample among the most likely tokens of this probability; "
         "1 = all")  # fmt: skip
     add("--max-new-tokens", type=number(1), default=512, help="tokens after which an answer is cut")
@@ -164,6 +163,7 @@ def main():
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # no byte typed or printed ends the chat
     chat = open_chat(args)
     if args.prompt is None:
+        inform(f"{args.model}, about {args.image or 'no picture'}; /help lists the commands")
         talk(chat)
     else:
         print_answer(chat, args.prompt)

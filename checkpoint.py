@@ -253,7 +253,8 @@ def read_run(run: str | Path, trained_by: str = "torchrun train.py --stage 1", *
     vision = run / str(read_json(run / "vision.json", dict).get("path"))
     for path, setting in ((llama, "'llama' in config.json"), (vision, "'path' in vision.json")):
         if not os.path.exists(path):
-            raise UserError(f"{run}: {printable(str(path))[:500]} does not exist; move it back, or correct {setting}")
+            raise UserError(f"{run}: {printable(os.path.normpath(path))[:500]} does not exist; move it back there, or "
+                            f"correct {setting}")  # fmt: skip
     return config, llama, vision
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,13 +18,17 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[], None]):
-    """Runs the `main` of a command line: a UserError prints its line, Ctrl-C nothing, and neither a traceback."""
+    """Runs the `main` of a command line: a UserError prints its line, Ctrl-C and `| head` nothing, none a traceback."""
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None  # 128 + SIGINT, as shells report it
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to print would raise again
+        raise SystemExit(141) from None  # 128 + SIGPIPE
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -148,7 +153,7 @@ def read_json(path: str | Path, kind: type = object) -> Any:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({reason(error)}); is the file complete?") from None
+        raise UserError(f"{path}: cannot be read as JSON ({reason(error)}); check the path and the file") from None
     if not isinstance(data, kind):
         raise UserError(f"{path}: holds a JSON {type(data).__name__}, expected a {kind.__name__}")
     return data

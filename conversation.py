@@ -20,7 +20,6 @@ each piece covers, and a piece that covers a green character is green.
 
 import os
 import re
-import signal
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -43,6 +42,8 @@ IMAGE_ID = -1  # in `ids` at each patch position; no tokenizer uses -1, so the v
 
 def load_tokenizer(path: str | Path) -> SentencePieceProcessor:
     """Reads a SentencePiece `tokenizer.model`. Raises UserError if it is missing, damaged or has no BOS token."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; a LLaMA folder needs its SentencePiece `tokenizer.model`")
     try:
         sp = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError, ValueError) as error:
@@ -183,8 +184,6 @@ def main():
     if not 0 <= args.index < len(examples):
         raise UserError(f"--index {args.index}: the data has samples 0 to {len(examples) - 1}")
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # for terminals without UTF-8
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program, as it ends other commands
     example = examples[args.index]
     picture = f"picture {example.image}" if example.image else "no picture"
     print(printable(f"sample {example.id}, {picture}") + "\n")

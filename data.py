@@ -82,7 +82,7 @@ def from_llava(record: dict, rng: random.Random) -> Example:
             raise ValueError(f"it has {marks} marks {IMAGE}; a sample has one picture")
     elif IMAGE in turns[0]:
         keys = shorten(repr(key) for key in record if "image" in key.lower() and key != "image")
-        hint = f"; its picture is under the key {keys}: rename it to 'image'" if keys else ""
+        hint = f"; name its picture under 'image', as one text, not under {keys}" if keys else ""
         raise ValueError(f"its first message has {IMAGE}, but it has no 'image'{hint}")
     return Example(str(record.get("id", "")), turns, image)
 
@@ -355,8 +355,8 @@ def prefetched(shares: Shares, order: range, workers: int) -> Iterator[Share]:
     if workers == 0:
         yield from (shares[t] for t in order)
         return
-    with ThreadPool(workers) as pool:
-        upcoming, pending = iter(order), collections.deque()
+    pool, upcoming, pending = ThreadPool(workers), iter(order), collections.deque()
+    try:
         for _ in order:
             for t in itertools.islice(upcoming, 2 * workers - len(pending)):
                 pending.append(pool.apply_async(shares.__getitem__, [t]))
@@ -366,3 +366,7 @@ def prefetched(shares: Shares, order: range, workers: int) -> Iterator[Share]:
                 share = Share(failure=f"its pictures could not be read within {READ_TIMEOUT} s; is the disk reachable? "
                               "The same command continues from here")  # fmt: skip
             yield share
+    finally:
+        for result in pending:
+            result.wait(1)  # second; a process that ends while its threads decode pictures is aborted
+        pool.terminate()

@@ -201,7 +201,8 @@ def read_predictions(path: Path) -> dict[str, str]:
         outputs = records[0]["outputs"] if isinstance(records[0].get("outputs"), dict) else records[0]
     for id, text in outputs.items():
         if not isinstance(text, str):
-            raise UserError(f"{path}: the answer to {id!r:.80} is {text!r:.60}; expected its text")
+            raise UserError(f"{path}: the answer to {id!r:.80} is {text!r:.60}; expected {{id: text}}, or a line with "
+                            "question_id and text for each answer")  # fmt: skip
     return outputs
 
 
@@ -221,6 +222,8 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
     if args.predictions:
         outputs = read_predictions(args.predictions)
         unknown = len(outputs.keys() - {p["id"] for p in problems})
+        if unknown == len(outputs):
+            raise UserError(f"{args.predictions}: holds no answer to a question of {args.data}, split {args.split}")
         about = f"{len(outputs)} answers of {args.predictions}, {unknown} of them to no question of this split"
     else:
         outputs, about = answer_split(args, problems, rank, world_size, device)

@@ -31,6 +31,13 @@ def test_run_command_keeps_the_exit_status(raised, status):
     assert info.value.code == status
 
 
+def test_a_closed_pipe_ends_a_command_without_a_traceback():
+    code = "from common import run_command\ndef main():\n    while True: print('x' * 9999)\nrun_command(main)"
+    command = f"{sys.executable} -c \"$CODE\" | head -1 | wc -c; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=os.environ | {"CODE": code}, capture_output=True, text=True)
+    assert (done.stdout.split(), done.stderr) == (["10000", "141"], "")
+
+
 def test_run_command_does_not_hide_a_bug():
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 // 0)
@@ -174,7 +181,7 @@ def test_read_json_accepts_a_bom(tmp_path):
 
 
 @pytest.mark.parametrize("content, kind, message", [
-    (b'{"a": 1,\n  b}', object, r"cannot be read as JSON .*line 2 column 3.*; is the file complete\?"),
+    (b'{"a": 1,\n  b}', object, r"cannot be read as JSON .*line 2 column 3.*; check the path and the file"),
     (b"", object, "cannot be read as JSON .*line 1 column 1"), (b"\xff\xfe", object, "cannot be read as JSON"),
     (b"[" * 100_000, object, "cannot be read as JSON"), (None, object, "cannot be read as JSON.*No such file"),
     (b"[]", dict, "holds a JSON list, expected a dict"), (b"{}", list, "holds a JSON dict, expected a list"),

@@ -250,7 +250,7 @@ def test_show_marks_the_green_tokens_and_the_picture(tiny_tokenizer):
 
 
 def test_an_absent_or_damaged_tokenizer_is_refused_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="tokenizer.model: not a LLaMA's SentencePiece model .*No such file"):
+    with pytest.raises(UserError, match="tokenizer.model: no such file"):
         load_tokenizer(tmp_path / "tokenizer.model")
     intact = (ROOT / "demo/llama-scenes4-seed1/tokenizer.model").read_bytes()
     for damaged in (b"not a model", intact.replace(b"<0x80>", b"<0x8\x06>")):

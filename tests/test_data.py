@@ -175,7 +175,7 @@ GOOD = json.dumps(captions(1)[0])
     (json.dumps([chat("<image>\nWhat?", "A cat.", image=None)]), "its first message has <image>, but it has no 'image'; correct"),
     (json.dumps([chat("What?", "A cat.", image="")]), "its image '' is not a path inside"),
     (json.dumps([{"conversations": [{"from": "system", "value": "S"}, *TEXT_TURNS]}]), "message 0 is {'from': 'system', .*expected .*human"),
-    *((json.dumps([chat("<image>\nWhat?", "A cat.", image=None, **{key: ["a.png"]})]), f"under the key '{key}': rename it to 'image'")
+    *((json.dumps([chat("<image>\nWhat?", "A cat.", image=None, **{key: ["a.png"]})]), f"not under .{key}.")
       for key in ("images", "image_path", "Image")),
     (json.dumps([{"image": "../../etc/passwd", "caption": "x"}]), "is not a path inside the picture folder"),
     (json.dumps([{"image": 7, "conversations": TURNS}]), "is not a path inside"),

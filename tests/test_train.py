@@ -874,10 +874,13 @@ def test_an_error_in_the_middle_of_a_run_keeps_what_was_trained(inputs, tmp_path
     assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4]
 
 
-def test_an_error_gets_a_line_of_its_own_on_stderr(inputs, tmp_path):
-    """Also while the progress bar is shown; the exit status is 1."""
-    (tmp_path / "captions.json").write_text(json.dumps([{"id": "s7", "image": "gone.png", "caption": "x"}]))
-    status, stdout, stderr = finish(start(flags(inputs, tmp_path / "run", data=tmp_path / "captions.json")))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_gets_a_line_of_its_own_on_stderr(inputs, tmp_path, workers):
+    """Also while the progress bar is shown and threads read pictures; the exit status is 1."""
+    records = json.loads((inputs / "captions.json").read_text()) * 20
+    (tmp_path / "captions.json").write_text(json.dumps([{"id": "s7", "image": "gone.png", "caption": "x"}, *records]))
+    command = flags(inputs, tmp_path / "run", data=tmp_path / "captions.json", batch_size=601, workers=workers)
+    status, stdout, stderr = finish(start(command))
     assert status == 1 and "Traceback" not in stderr and "error:" not in stdout
     assert re.search(r"(^|\n)error: step 1: sample s7: [^\n]*\n$", stderr)
 
