@@ -135,14 +135,15 @@ class Ours:
         if kind == "answers":
             llava.requires_grad_(False)
             return
-        self.green = torch.cat([samples[0][1][:SYSTEM]] + [green[SYSTEM:] for _, green in samples])  # (N,)
+        green = torch.cat([samples[0][1][:SYSTEM]] + [green[SYSTEM:] for _, green in samples])  # (N,)
+        self.target = green.nonzero().squeeze(1)  # (M,)
         llava.set_trainable(int(kind[-1]))
         self.trained = [p for p in llava.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.trained)
 
     def loss(self):
-        nll = self.model(self.ids, self.green, self.borders, self.pixels)
-        return nll / self.green.sum()
+        nll = self.model(self.ids, self.target, self.borders, self.pixels)
+        return nll / len(self.target)
 
     def gradients(self) -> list[torch.Tensor]:
         """Of W, and in stage 2 of two matrices of the LLaMA."""

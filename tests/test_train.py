@@ -374,9 +374,9 @@ def test_scienceqa_trains_from_its_folder(inputs, chat, tmp_path, monkeypatch):
         in_process(command)
     pictures, forward = [], LLaVA.forward
 
-    def record(self, ids, green, borders, pixels):
+    def record(self, ids, target, borders, pixels):
         pictures.append(len(pixels))
-        return forward(self, ids, green, borders, pixels)
+        return forward(self, ids, target, borders, pixels)
 
     monkeypatch.setattr(LLaVA, "forward", record)
     in_process([*command, "--missing-pictures-as-text"])
