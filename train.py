@@ -91,9 +91,10 @@ def starting_model(args: argparse.Namespace, dtype: torch.dtype) -> tuple[LLaVA,
         model = checkpoint.build(checkpoint.load_llama(llama, llama_dtype), vit, projector, args.seed)
     model.set_trainable(args.stage)
     model.llama.checkpoint_activations = args.checkpoint_activations
-    if args.compile:
+    if args.compile:  # the attention would compile anew for each number of samples, and its RoPE not at all
         for layer in model.llama.layers:
-            layer.compile(dynamic=True)
+            for module in (layer.attention_norm, layer.ffn_norm, layer.feed_forward):
+                module.compile(dynamic=True)
     return model, llama, vision
 
 
@@ -212,8 +213,8 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
                 nll = net(*micro_batch.to(device))
             (nll * world_size / green).backward()  # Eq. 3, a mean over the global batch; DDP divides by world_size
             nll_sum += nll.detach()
+        grad_norm = distributed.clip_gradients(parameters, MAX_GRAD_NORM)  # waits for the GPU, the next line no more
         loss = float(distributed.exchanged([nll_sum.item()], device).sum()) / green
-        grad_norm = distributed.clip_gradients(parameters, MAX_GRAD_NORM)
         if not math.isfinite(loss + grad_norm):
             ids = shorten(distributed.gathered(share.ids))
             failure = f"loss {loss}, gradient norm {grad_norm} (samples {ids}); lower --lr, or are the weights damaged?"
@@ -396,9 +397,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         f"sample once an epoch ({paper('sampling')})")  # fmt: skip
     add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="each process holds the whole model (ddp) or a "
         "share of its parameters, gradients and optimizer state (fsdp)")  # fmt: skip
-    add("--precision", choices=("bf16", "fp32"), help="of matrix products (default: bf16 on GPUs, fp32 on CPUs)")
+    add("--precision", choices=("bf16", "fp32"), help="of matrix products (default: bf16 on GPUs since Ampere, "
+        "else fp32); fp32 is TF32 on these GPUs")  # fmt: skip
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue the run in --out")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the LLaMA's blocks")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the LLaMA's norms and "
+        "feed-forward layers")  # fmt: skip
     add("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
         help="recompute each block in the backward pass: less memory, more time")  # fmt: skip
     add("--save-every", type=number(0), default=500, help="steps between saved states; 0 = at the end only")
@@ -443,7 +446,8 @@ def run(args: argparse.Namespace, rank: int, world_size: int, device: torch.devi
     for name, value in PAPER[args.name].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    args.precision = args.precision or ("bf16" if has_bf16 else "fp32")
     try:
         train(args, rank, world_size, device)
     finally:

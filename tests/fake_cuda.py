@@ -49,7 +49,7 @@ def place() -> str:
         path = Path(frame.filename)
         if path == Path(__file__) and frame.name == "backward":
             return "backward"
-        if path.parent == ROOT:
+        if path.parent == ROOT and frame.name != "to_device":
             return f"{path.name}:{frame.lineno} {frame.line}"
     return "test"
 
