@@ -241,9 +241,10 @@ class KVCache:
 
     def rows_of(self, t: torch.Tensor) -> torch.Tensor:
         """(N, K, hd) of the stream -> (B, K, room, hd), so that a step reads the positions of a head side by side."""
-        room = self.longest + self.ROOM
-        rows = [F.pad(row, (0, 0, 0, 0, 0, room - len(row))) for row in self.stream.after_message(t)]
-        return torch.stack(rows).transpose(1, 2).contiguous()
+        rows = t.new_zeros(len(self.lengths), t.shape[1], self.longest + self.ROOM, t.shape[2])
+        for row, sample in zip(rows, self.stream.after_message(t)):
+            row[:, : len(sample)] = sample.transpose(0, 1)
+        return rows
 
     def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor:
         """Attention of one new token per row, (B, heads, hd), after storing its key and value at the row's length."""
@@ -251,11 +252,12 @@ class KVCache:
             self.layers[layer] = [F.pad(rows, (0, 0, 0, self.ROOM)) for rows in self.layers[layer]]
         keys, values = self.layers[layer]
         longest = self.longest + 1  # with the new token
-        rows = torch.arange(len(q), device=q.device)
-        keys[rows, :, self.lengths], values[rows, :, self.lengths] = k, v
+        if layer == 0:  # the other layers use the same
+            self.rows = torch.arange(len(q), device=q.device)
+            self.filled = torch.arange(longest, device=q.device) <= self.lengths[:, None]  # (B, longest)
+        keys[self.rows, :, self.lengths], values[self.rows, :, self.lengths] = k, v
         keys, values = keys[:, :, :longest], values[:, :, :longest]  # (B, K, longest, hd)
-        filled = torch.arange(longest, device=q.device) <= self.lengths[:, None]  # (B, longest)
-        out = F.scaled_dot_product_attention(q[:, :, None], keys, values, filled[:, None, None],
+        out = F.scaled_dot_product_attention(q[:, :, None], keys, values, self.filled[:, None, None],
                                              enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
         return out[:, :, 0]  # (B, H, hd)
 

@@ -45,7 +45,7 @@ from conversation import TEMPLATE
 from data import SCIENCEQA_PROMPT, Encoder, Examples, Share, Shares, prefetched
 from distributed import by_process_0
 from formats.pictures import Pictures
-from model import LLaVA
+from model import FeedForward, LLaVA, RMSNorm
 from vision import FEATURE_LAYER, PREPROCESSING
 
 PAPER = {  # section 4.2: the settings of each run of the paper
@@ -92,8 +92,8 @@ def starting_model(args: argparse.Namespace, dtype: torch.dtype) -> tuple[LLaVA,
     model.set_trainable(args.stage)
     model.llama.checkpoint_activations = args.checkpoint_activations
     if args.compile:  # the attention would compile anew for each number of samples, and its RoPE not at all
-        for layer in model.llama.layers:
-            for module in (layer.attention_norm, layer.ffn_norm, layer.feed_forward):
+        for module in model.llama.layers.modules():
+            if isinstance(module, (RMSNorm, FeedForward)):
                 module.compile(dynamic=True)
     return model, llama, vision
 
@@ -213,7 +213,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
                 nll = net(*micro_batch.to(device))
             (nll * world_size / green).backward()  # Eq. 3, a mean over the global batch; DDP divides by world_size
             nll_sum += nll.detach()
-        grad_norm = distributed.clip_gradients(parameters, MAX_GRAD_NORM)  # waits for the GPU, the next line no more
+        grad_norm = distributed.clip_gradients(parameters, MAX_GRAD_NORM)  # waits for the GPU
         loss = float(distributed.exchanged([nll_sum.item()], device).sum()) / green
         if not math.isfinite(loss + grad_norm):
             ids = shorten(distributed.gathered(share.ids))
