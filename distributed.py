@@ -80,7 +80,6 @@ def start_processes() -> tuple[int, int, torch.device]:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for each length of the cache
     else:
         from tools import fast_cpu
 

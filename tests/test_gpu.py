@@ -3,13 +3,14 @@
 Each operation also has to find its tensors on one device, and the varlen kernel arguments that it accepts.
 """
 
+import contextlib
 import json
 import sys
 
 import fake_cuda
 import pytest
 import torch
-from conftest import error, generated, samples, stream, tiny_llava
+from conftest import error, generated, open_chat, samples, stream, tiny_llava
 from test_model import SYSTEM, prompt_stream, prompts
 from test_train import chat, flags, in_process, inputs, metrics, stage_2  # noqa: F401
 
@@ -34,8 +35,8 @@ def gradients(stage: int, n_kv_heads: int, batch: tuple, bf16: bool, checkpoint_
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
         nll = llava(*batch)
     (nll / 20).backward()
-    waits = dict(fake_cuda.waits)
-    assert waits == {}
+    assert dict(fake_cuda.waits) == {}
+    assert fake_cuda.copies.total() <= 3, "the position ids, and once for all layers the borders of q and of k"
     return {name: p.grad.cpu() for name, p in llava.named_parameters() if p.requires_grad}
 
 
@@ -89,6 +90,18 @@ def test_a_step_of_training_waits_for_its_gradient_norm_and_its_loss(inputs, cha
     in_process([*command, "--out", str(tmp_path / "cpu"), "--precision", "bf16"])
     assert [line["loss"] for line in metrics(tmp_path / "run2")] == pytest.approx(
         [line["loss"] for line in metrics(tmp_path / "cpu")], rel=0.01)  # fmt: skip
+
+
+def test_a_chat_answers(inputs, tmp_path, picture):  # noqa: F811
+    in_process(flags(inputs, tmp_path / "run", max_steps=1, precision="fp32"))
+    answers = []
+    for place in (contextlib.nullcontext(), fake_cuda.gpu()):
+        with place:
+            talker = open_chat(tmp_path / "run")
+            talker.look(picture)
+            answers.append(["".join(talker.ask(question)) for question in ("What is it?", "And then?")])
+    assert answers[0] == answers[1]
+    assert talker.model.projector.weight.is_cuda and not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("capability, precision", [((7, 5), "fp32"), ((8, 0), "bf16")])
