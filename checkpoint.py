@@ -231,21 +231,10 @@ def is_saved(run: str | Path, stage: int, step: int) -> bool:
     return read_json(Path(run, "config.json"), dict).get("step") == step and not missing_file(run, stage)
 
 
-def llama_path(run: str | Path, config: dict) -> Path:
-    """The folder of a run's LLaMA: in stage 2 the run itself."""
-    return Path(run) if config.get("stage") == 2 else Path(run, str(config.get("llama")))
+def read_run(run: str | Path, trained_by: str = "torchrun train.py --stage 1", **expected) -> tuple[dict, Path, Path]:
+    """config.json of a finished run, and the paths of its LLaMA and its ViT.
 
-
-def vision_path(run: str | Path) -> Path:
-    return Path(run, str(read_json(Path(run, "vision.json"), dict).get("path")))
-
-
-def load_run(run: str | Path, dtype: torch.dtype | None = torch.float32, trained_by="torchrun train.py --stage 1",
-             **expected) -> tuple[LLaVA, SentencePieceProcessor, dict]:  # fmt: skip
-    """LLaVA, tokenizer and config.json of a run directory; W in float32, all else in `dtype` (None: as stored).
-
-    trained_by: the command that makes such a run. expected: values that its config must have, such as stage=2. Raises
-    UserError if the run is unfinished, or if its frozen parts are absent or not those that it was trained with.
+    trained_by: the command that makes such a run. expected: values that its config must have, such as stage=2.
     """
     run = Path(run)
     if not (run / "config.json").is_file():
@@ -260,10 +249,21 @@ def load_run(run: str | Path, dtype: torch.dtype | None = torch.float32, trained
                             f"use a run of: {trained_by}")  # fmt: skip
     if name := missing_file(run, config["stage"]):
         raise UserError(f"{run / name}: missing, so the run is unfinished; train.py --out {run} finishes it")
-    llama, vision = llama_path(run, config), vision_path(run)
+    llama = run if config["stage"] == 2 else run / str(config.get("llama"))
+    vision = run / str(read_json(run / "vision.json", dict).get("path"))
     for path, setting in ((llama, "'llama' in config.json"), (vision, "'path' in vision.json")):
         if not os.path.exists(path):
             raise UserError(f"{run}: {printable(str(path))[:500]} does not exist; move it back, or correct {setting}")
+    return config, llama, vision
+
+
+def load_run(run: str | Path, dtype: torch.dtype | None = torch.float32,
+             **expected) -> tuple[LLaVA, SentencePieceProcessor, dict]:  # fmt: skip
+    """LLaVA, tokenizer and config.json of a run directory; W in float32, all else in `dtype` (None: as stored).
+
+    expected: as in `read_run`. Raises UserError also if the frozen parts are not those that it was trained with.
+    """
+    run, (config, llama, vision) = Path(run), read_run(run, **expected)
     recorded = read_json(run / "vision.json", dict)
     vit = load_vision(vision, recorded.get("feature_layer"), dtype)
     if all(checksum(vision, every_file) != recorded.get("sha256") for every_file in (False, True)):
@@ -275,7 +275,7 @@ def load_run(run: str | Path, dtype: torch.dtype | None = torch.float32, trained
 
 def open_run(run: str | Path, device: torch.device, trained_by: str, **expected) -> tuple:
     """A run directory for use: the frozen model, tokenizer, config, and the autocast context of its precision."""
-    model, sp, config = load_run(run, None, trained_by, **expected)
+    model, sp, config = load_run(run, None, trained_by=trained_by, **expected)
     bf16 = config.get("precision") == "bf16"
     model.to(device, torch.bfloat16 if bf16 else torch.float32).requires_grad_(False)
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN would plan its attention anew for each length of the cache

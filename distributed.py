@@ -97,6 +97,15 @@ def start_processes() -> tuple[int, int, torch.device]:
     return rank, world_size, device
 
 
+def default_precision(device: torch.device, dim: int) -> str:
+    """"bf16" or "fp32", whichever computes faster a LLaMA of this width."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    from tools import fast_cpu
+
+    return "bf16" if fast_cpu.has_bf16_units() and dim >= fast_cpu.WIDE else "fp32"
+
+
 def outside_cause(error: Exception) -> str | None:
     """Names the cause of an error that comes from the machine or from another process; None for any other error."""
     if isinstance(error, torch.OutOfMemoryError):

@@ -72,30 +72,25 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> fl
 # --- what training starts from
 
 
-def starting_model(args: argparse.Namespace, dtype: torch.dtype) -> tuple[LLaVA, Path, Path]:
-    """The model, and the paths of its LLaMA and its ViT.
-
-    Frozen parts are held in the compute dtype, and what trains in float32 (for fsdp as stored: sharding casts it).
-    """
+def starting_model(args: argparse.Namespace, dtype: torch.dtype) -> LLaVA:
+    """Frozen parts are held in the compute dtype, what trains in float32 (for fsdp as stored: sharding casts it)."""
     llama_dtype: torch.dtype | None = dtype
     if args.stage == 2:
         llama_dtype = None if args.parallel == "fsdp" else torch.float32
     if args.init_from:
-        model, _, config = checkpoint.load_run(args.init_from, llama_dtype)
+        model, _, _ = checkpoint.load_run(args.init_from, llama_dtype)
         model.vision.to(dtype)
-        llama, vision = checkpoint.llama_path(args.init_from, config), checkpoint.vision_path(args.init_from)
     else:
-        llama, vision = Path(args.llama), Path(args.vision)
         projector = checkpoint.load_projector(args.projector) if args.projector else None
-        vit = checkpoint.load_vision(vision, FEATURE_LAYER, dtype)
-        model = checkpoint.build(checkpoint.load_llama(llama, llama_dtype), vit, projector, args.seed)
+        vit = checkpoint.load_vision(args.vision, FEATURE_LAYER, dtype)
+        model = checkpoint.build(checkpoint.load_llama(args.llama, llama_dtype), vit, projector, args.seed)
     model.set_trainable(args.stage)
     model.llama.checkpoint_activations = args.checkpoint_activations
     if args.compile:  # the attention would compile anew for each number of samples, and its RoPE not at all
         for module in model.llama.layers.modules():
             if isinstance(module, (RMSNorm, FeedForward)):
                 module.compile(dynamic=True)
-    return model, llama, vision
+    return model
 
 
 def open_examples(args: argparse.Namespace) -> tuple[Examples, Pictures | None]:
@@ -112,7 +107,7 @@ def open_examples(args: argparse.Namespace) -> tuple[Examples, Pictures | None]:
     return examples, Pictures(images) if images else None
 
 
-def run_config(args: argparse.Namespace, model: LLaVA, llama: Path, vision: Path, examples: Examples) -> dict:
+def run_config(args: argparse.Namespace, model: LLaVA, examples: Examples) -> dict:
     """config.json: every flag, the content of the inputs, and what evaluation and chat must agree with."""
     settings = {name: value for name, value in vars(args).items() if name not in ("resume", "out", "name")}
     for name in ("llama", "vision", "projector", "init_from", "images"):
@@ -122,8 +117,8 @@ def run_config(args: argparse.Namespace, model: LLaVA, llama: Path, vision: Path
                 "vision": checkpoint.fingerprint(model.vision)}  # fmt: skip
     return dict(settings=settings, contents=contents, stage=args.stage, template=TEMPLATE, prompt=SCIENCEQA_PROMPT,
                 precision=args.precision, feature_layer=model.vision.feature_layer, preprocessing=PREPROCESSING,
-                torch=torch.__version__, llama=checkpoint.portable(llama, args.out),
-                vision=checkpoint.portable(vision, args.out))  # fmt: skip
+                torch=torch.__version__, llama=settings["llama"],
+                vision=settings["vision"])  # fmt: skip
 
 
 # --- the loop
@@ -153,25 +148,25 @@ def fault_in(share: Share, green: int, bad: int, failed: int, allowed: int) -> s
 
 def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.device):
     say = print if rank == 0 else lambda *_: None
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     earlier = by_process_0(lambda: claim(args.out))
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
 
     # The data, and the model of which the stage trains a part.
     examples, pictures = open_examples(args)
     say("\n".join(examples.describe(args.sampling)))
-    model, llama, vision = starting_model(args, dtype)
+    model = starting_model(args, dtype)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{trained:,} parameters train, the others are frozen; {args.precision} on {world_size} x {device.type}")
 
     # shares[t]: the samples of global batch t that this process computes.
-    sp = checkpoint.open_tokenizer(checkpoint.tokenizer_path(llama), model.llama.config)
+    sp = checkpoint.open_tokenizer(checkpoint.tokenizer_path(args.llama), model.llama.config)
     encoder = Encoder(sp, model.vision.config.n_patches, model.vision.config.image_size, pictures, args.max_length)
     shares = Shares(examples, encoder, args.batch_size, args.seed, rank, world_size, args.micro_batch_tokens,
                     args.sampling)  # fmt: skip
     total = min(args.epochs * shares.per_epoch, args.max_steps or math.inf)
 
     # The run directory, new or continued; the model on the devices; the optimizer of what trains.
-    config = run_config(args, model, llama, vision, examples)
+    config = run_config(args, model, examples)
     by_process_0(lambda: check_room(args.out, trained))
     state = enter_run(args, config, earlier)
     net = distributed.distribute(model, args.parallel, device, dtype)
@@ -186,7 +181,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
         by_process_0(lambda: checkpoint.save_state(args.out, full, t))
         if for_use:
             by_process_0(lambda: checkpoint.save_run(args.out, model.llama.config, full["model"], config | {"step": t},
-                                                     vision, checkpoint.tokenizer_path(llama)))  # fmt: skip
+                                                     args.vision, checkpoint.tokenizer_path(args.llama)))  # fmt: skip
 
     interrupt, failure, bad_samples, cut_samples, began = Interrupt(), None, 0, 0, time.time()
     bar = tqdm(total=total, initial=start, unit="step", desc=f"stage {args.stage}", disable=rank != 0, smoothing=0.1)
@@ -397,8 +392,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         f"sample once an epoch ({paper('sampling')})")  # fmt: skip
     add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="each process holds the whole model (ddp) or a "
         "share of its parameters, gradients and optimizer state (fsdp)")  # fmt: skip
-    add("--precision", choices=("bf16", "fp32"), help="of matrix products (default: bf16 on GPUs since Ampere, "
-        "else fp32); fp32 is TF32 on these GPUs")  # fmt: skip
+    add("--precision", choices=("bf16", "fp32"), help="of matrix products (default: bf16 on GPUs since Ampere, and "
+        "on CPUs with units for it if the LLaMA is wide enough to gain; else fp32); fp32 on GPUs is TF32")  # fmt: skip
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue the run in --out")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the LLaMA's norms and "
         "feed-forward layers")  # fmt: skip
@@ -446,8 +441,10 @@ def run(args: argparse.Namespace, rank: int, world_size: int, device: torch.devi
     for name, value in PAPER[args.name].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    args.precision = args.precision or ("bf16" if has_bf16 else "fp32")
+    if args.init_from:
+        _, args.llama, args.vision = checkpoint.read_run(args.init_from)
+    if args.precision is None:
+        args.precision = distributed.default_precision(device, checkpoint.llama_config(args.llama).dim)
     try:
         train(args, rank, world_size, device)
     finally:

@@ -14,25 +14,27 @@ import sys
 import tempfile
 from pathlib import Path
 
-from run import AGAINST_TRANSFORMERS, ROOT, SIZES, in_turn, make_model, make_work
+from run import ROOT, SIZES, in_turn, make_model, make_work, sides_in
 
 from common import run_command, write_json
 
 HERE = Path(__file__).parent
 LABELS = {"ours": ("this project", "o-"), "theirs": ("transformers", "s--")}  # in the legend; marker and line
 
+SIDES = sides_in("fp32", before=None)
+
 
 def positions_per_second(size: str, kind: str, n: int, length: int = 0, rounds: int = 3) -> dict[str, float]:
     """Of both sides. The system message and the picture of each sample count, whether or not a side computes them."""
-    row = in_turn(AGAINST_TRANSFORMERS, size, kind, n, rounds, length=length)
+    row = in_turn(SIDES, size, kind, n, rounds, length=length)
     samples, _ = make_work(kind, n, length)
     positions = sum(len(ids) for ids, _ in samples)
-    return {name: positions / statistics.median(row[name]) for name in AGAINST_TRANSFORMERS}
+    return {name: positions / statistics.median(row[name]) for name in SIDES}
 
 
 def measure_curve(title: str, label: str, points: list[tuple[int, tuple]]) -> dict:
     """points: each x, and the arguments of `positions_per_second` there. label: what x counts."""
-    curve: dict = dict(title=title, label=label, x=[], **{name: [] for name in AGAINST_TRANSFORMERS})
+    curve: dict = dict(title=title, label=label, x=[], **{name: [] for name in SIDES})
     for x, arguments in points:
         speeds = positions_per_second(*arguments)
         curve["x"].append(x)

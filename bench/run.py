@@ -1,10 +1,11 @@
 """Times this project against Hugging Face `transformers`, or against another checkout of itself, on this machine.
 
     python bench/run.py                                # all rows; prints a table and writes bench/results.json
-    python bench/run.py --sizes middle --rounds 9
+    python bench/run.py --sizes middle --rounds 9 --precision fp32 bf16
     python bench/run.py --before ../other-checkout     # instead of transformers
 
-Both sides have the same weights and samples and compute in fp32 with all cores. Each runs in a process of its own, and
+Both sides have the same weights, samples and precision and compute with all cores. In bf16 both compute under autocast
+and hold their frozen parts in bf16, as train.py does. Each runs in a process of its own, and
 they take turns, so that changes of the machine's speed affect both. Times are medians over the rounds. Memory is the
 peak of a process while it works, less what its imports take.
 
@@ -38,7 +39,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import llava_twin, randomize  # noqa: E402
 
 import checkpoint  # noqa: E402
-from common import HelpFormatter, UserError, run_command, write_json  # noqa: E402
+from common import ArgumentParser, UserError, run_command, write_json  # noqa: E402
 from model import LLaMA, LLaMAConfig  # noqa: E402
 from tools.fast_cpu import speed_up  # noqa: E402
 from vision import VisionConfig, VisionTransformer, normalize  # noqa: E402
@@ -123,26 +124,40 @@ def make_optimizer(trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=True)  # as in train.py
 
 
+def autocast(precision: str):
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+
+
+def hold_frozen(model: torch.nn.Module, precision: str):
+    """Converts what does not train to bf16, if that is the precision."""
+    if precision == "bf16":
+        for p in model.parameters():
+            if not p.requires_grad:
+                p.data = p.data.bfloat16()
+
+
 class Ours:
     """Runs this project on one stream."""
 
-    def __init__(self, llava, kind: str, work):
-        self.model, self.kind = llava, kind
+    def __init__(self, llava, kind: str, work, precision: str = "fp32"):
+        self.model, self.kind, self.autocast = llava, kind, autocast(precision)
         samples, self.pixels = work
         system = samples[0][0][:SYSTEM]
         self.ids = torch.cat([system] + [ids[SYSTEM:] for ids, _ in samples])  # (N,)
         self.borders = torch.tensor([SYSTEM] + [len(ids) - SYSTEM for ids, _ in samples]).cumsum(0).tolist()
         if kind == "answers":
-            llava.requires_grad_(False)
+            hold_frozen(llava.requires_grad_(False), precision)
             return
         green = torch.cat([samples[0][1][:SYSTEM]] + [green[SYSTEM:] for _, green in samples])  # (N,)
         self.target = green.nonzero().squeeze(1)  # (M,)
         llava.set_trainable(int(kind[-1]))
+        hold_frozen(llava, precision)
         self.trained = [p for p in llava.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.trained)
 
     def loss(self):
-        nll = self.model(self.ids, self.target, self.borders, self.pixels)
+        with self.autocast:
+            nll = self.model(self.ids, self.target, self.borders, self.pixels)
         return nll / len(self.target)
 
     def gradients(self) -> list[torch.Tensor]:
@@ -153,15 +168,16 @@ class Ours:
         return [p.grad for p in found]
 
     def answers(self) -> list[list[int]]:
-        *_, answers = self.model.generate(self.ids, self.borders, self.pixels, lambda ids: False, MAX_NEW_TOKENS)
+        with self.autocast:
+            *_, answers = self.model.generate(self.ids, self.borders, self.pixels, lambda ids: False, MAX_NEW_TOKENS)
         return answers
 
 
 class Theirs:
     """Runs transformers on a padded batch. at_once: how many prompts it answers together."""
 
-    def __init__(self, llava, kind: str, work, at_once: int = 1):
-        self.kind, self.at_once = kind, at_once
+    def __init__(self, llava, kind: str, work, at_once: int = 1, precision: str = "fp32"):
+        self.kind, self.at_once, self.autocast = kind, at_once, autocast(precision)
         self.model = llava_twin(llava, 4096)
         samples, self.pixels = work
         n = len(samples)
@@ -177,14 +193,16 @@ class Theirs:
         self.model.requires_grad_(kind == "stage 2")
         self.model.model.vision_tower.requires_grad_(False)
         self.model.model.multi_modal_projector.requires_grad_(kind != "answers")
+        hold_frozen(self.model, precision)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         if self.trained:
             self.optimizer = make_optimizer(self.trained)
 
     def loss(self):
-        return self.model(
-            input_ids=self.ids, attention_mask=self.mask, pixel_values=normalize(self.pixels), labels=self.labels
-        ).loss
+        with self.autocast:
+            return self.model(
+                input_ids=self.ids, attention_mask=self.mask, pixel_values=normalize(self.pixels), labels=self.labels
+            ).loss
 
     def gradients(self) -> list[torch.Tensor]:
         """Of the same parameters as `Ours.gradients`."""
@@ -200,10 +218,11 @@ class Theirs:
             rows = slice(i, i + self.at_once)
             first = int(self.mask[rows].argmax(1).min())  # drops the padding that all these rows share
             ids, mask = self.ids[rows, first:], self.mask[rows, first:]
-            out = self.model.generate(
-                input_ids=ids, attention_mask=mask, pixel_values=normalize(self.pixels[rows]), do_sample=False,
-                max_new_tokens=MAX_NEW_TOKENS, min_new_tokens=MAX_NEW_TOKENS, pad_token_id=0,
-            )  # fmt: skip
+            with self.autocast:
+                out = self.model.generate(
+                    input_ids=ids, attention_mask=mask, pixel_values=normalize(self.pixels[rows]), do_sample=False,
+                    max_new_tokens=MAX_NEW_TOKENS, min_new_tokens=MAX_NEW_TOKENS, pad_token_id=0,
+                )  # fmt: skip
             answers += out[:, ids.shape[1] :].tolist()
         return answers
 
@@ -272,7 +291,8 @@ def peak_memory() -> int:
 class Worker:
     """Runs one side of a comparison in a process of its own, with the bench/run.py of its checkout.
 
-    The protocol is the same in all checkouts: --alone SIDE SIZE KIND N AT_ONCE LENGTH starts the process, which does
+    The protocol is the same in all checkouts: --alone SIDE SIZE KIND N AT_ONCE LENGTH starts the process (SIDE is
+    "ours" or "theirs", or one of these and " bf16"), which does
     one piece of work for each line that it reads, and answers with a line "seconds peak_bytes".
     """
 
@@ -298,11 +318,15 @@ class Worker:
 
 def alone(side: str, size: str, kind: str, n: int, at_once: int, length: int):
     """The process of a `Worker`: one training step, or all answers, for each line of stdin."""
+    side, _, precision = side.partition(" ")
     if side == "ours":
         speed_up()  # as train.py does
     before = peak_memory()
     llava, work = make_model(SIZES[size][0]), make_work(kind, n, length)
-    one = Ours(llava, kind, work) if side == "ours" else Theirs(llava, kind, work, at_once)
+    if side == "ours":
+        one: Ours | Theirs = Ours(llava, kind, work, precision)
+    else:
+        one = Theirs(llava, kind, work, at_once, precision)
     del llava
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # returns what building the models has freed, which speed_up keeps
@@ -314,7 +338,6 @@ def alone(side: str, size: str, kind: str, n: int, at_once: int, length: int):
 
 # Each name of a column, the checkout that runs it, and the side of that checkout.
 Sides = dict[str, tuple[Path, str]]
-AGAINST_TRANSFORMERS: Sides = {"ours": (ROOT, "ours"), "theirs": (ROOT, "theirs")}
 
 
 def in_turn(sides: Sides, size: str, kind: str, n: int, rounds: int, at_once: int = 1, length: int = 0) -> dict:
@@ -357,9 +380,11 @@ def compare_training(sides: Sides, size: str, kind: str, rounds: int) -> dict:
     c, *batch = SIZES[size]
     n = batch[int(kind[-1]) - 1]
     row = dict(size=size, work=kind, against="before", samples=n, flops=necessary_flops(c, kind, n))
-    if "theirs" in sides:
+    if sides.get("theirs") == (ROOT, "theirs"):
         row |= dict(against="padded step", error=largest_error(size, kind, n))
         gc.collect()
+    elif "theirs" in sides:
+        row["against"] = "padded step"
     return row | in_turn(sides, size, kind, n, rounds)
 
 
@@ -454,6 +479,13 @@ def heading(sides: Sequence[str]) -> str:
             f"{'ratio':>6} {'peak':>7}   range of seconds: {ours} / {other}")  # fmt: skip
 
 
+def sides_in(precision: str, before: Path | None) -> Sides:
+    suffix = " bf16" if precision == "bf16" else ""
+    if before:
+        return {"ours": (ROOT, f"ours{suffix}"), "before": (before.resolve(), f"ours{suffix}")}
+    return {"ours": (ROOT, f"ours{suffix}"), "theirs": (ROOT, f"theirs{suffix}")}
+
+
 def measure_rows(a: argparse.Namespace, sides: Sides):
     """Yields the rows one by one."""
     rows = []
@@ -466,7 +498,7 @@ def measure_rows(a: argparse.Namespace, sides: Sides):
         if "answers" in a.work and size == "middle":
             for at_once in (1, 8) if "theirs" in sides else (1,):
                 yield compare_answers(sides, size, at_once, min(a.rounds, 3))
-    if "loading" in a.work:
+    if "loading" in a.work and sides["ours"] == (ROOT, "ours"):  # it does not depend on the precision of training
         for dtype in (torch.float16, torch.float32):
             yield compare_loading(sides, dtype, min(a.rounds, 5))
     for kind in ("stage 1", "stage 2"):
@@ -476,12 +508,13 @@ def measure_rows(a: argparse.Namespace, sides: Sides):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--sizes", nargs="+", choices=SIZES, default=list(SIZES), metavar="SIZE", help="of the LLaMA: "
         + "; ".join(SIZES))  # fmt: skip
     add("--work", nargs="+", choices=WORK, default=list(WORK), metavar="WORK", help="what to time: " + "; ".join(WORK))
     add("--rounds", type=int, default=7, help="turns of each side; times are medians over them")
+    add("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"], help="of both sides; a table for each")
     add("--before", type=Path, metavar="DIR", help="another checkout of this project, to time instead of transformers")
     add("--out", type=Path, default=Path(__file__).parent / "results.json", help="the JSON file to write")
     add("--alone", nargs=6, help=argparse.SUPPRESS)
@@ -491,25 +524,24 @@ def main():
         side, size, kind, *numbers = a.alone
         alone(side, size, kind, *map(int, numbers))
         return
-    sides = AGAINST_TRANSFORMERS
-    if a.before:
-        if not (a.before / "bench/run.py").is_file():
-            raise UserError(f"--before {a.before}: has no bench/run.py; give the root of another checkout")
-        sides = {"ours": (ROOT, "ours"), "before": (a.before.resolve(), "ours")}
-
+    if a.before and not (a.before / "bench/run.py").is_file():
+        raise UserError(f"--before {a.before}: has no bench/run.py; give the root of another checkout")
     torch_peak = peak_matmul(torch.matmul)
     speed_up(keep_memory=False)  # F.linear may now be faster than torch.matmul
     peak = max(torch_peak, peak_matmul(F.linear))
     about = dict(machine=platform.processor() or platform.machine(), threads=torch.get_num_threads(),
                  torch=torch.__version__, transformers=transformers.__version__, peak_flops=peak,
                  torch_matmul_flops=torch_peak, before=a.before and str(a.before))  # fmt: skip
-    print(f"{about['threads']} threads, {peak / 1e9:.0f} GFLOP/s in the fastest product of matrices "
+    print(f"{about['threads']} threads, {peak / 1e9:.0f} GFLOP/s in the fastest fp32 product of matrices "
           f"({torch_peak / 1e9:.0f} in torch.matmul); torch {torch.__version__}, transformers "
-          f"{transformers.__version__}\n{heading(list(sides))}", flush=True)  # fmt: skip
+          f"{transformers.__version__}")  # fmt: skip
     rows = []
-    for row in measure_rows(a, sides):
-        rows.append(row)
-        print(format_row(row, list(sides), peak), flush=True)
+    for precision in a.precision:
+        sides = sides_in(precision, a.before)
+        print(f"\n{precision}\n{heading(list(sides))}", flush=True)
+        for row in measure_rows(a, sides):
+            rows.append(row | {"precision": precision})
+            print(format_row(row, list(sides), peak), flush=True)
     write_json(a.out, dict(about=about, rows=rows))
 
 

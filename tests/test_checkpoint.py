@@ -638,7 +638,7 @@ def test_a_copied_project_loads_its_own_runs(tmp_path, tiny_tokenizer, stage, mo
     shutil.copytree(project, tmp_path / "copy")
     shutil.rmtree(project)
     assert equal(load_run(tmp_path / "copy/runs/a")[0], model)
-    assert checkpoint.vision_path(tmp_path / "copy/runs/a").resolve() == tmp_path / "copy/demo/vit.pt"
+    assert checkpoint.read_run(tmp_path / "copy/runs/a")[2].resolve() == tmp_path / "copy/demo/vit.pt"
     (tmp_path / "runs").symlink_to(tmp_path / "copy/runs")  # a path relative to the real folder
     assert equal(load_run(tmp_path / "runs/a")[0], model)
 
@@ -689,8 +689,7 @@ def test_runs_of_earlier_versions_load(parts, stage):
     again, sp, config = load_run(run)
     assert equal(again, model)
     assert config["step"] == 600
-    assert checkpoint.llama_path(run, config) == (root / "llama" if stage == 1 else run)
-    assert checkpoint.vision_path(run) == root / "vit.pt"
+    assert checkpoint.read_run(run) == (config, root / "llama" if stage == 1 else run, root / "vit.pt")
     again, _, config, _ = checkpoint.open_run(run, CPU, "train.py", template="vicuna_v0", stage=stage)
     assert equal(again, model)
     assert checkpoint.load_state(run) is None  # their training state is not continued

@@ -355,7 +355,6 @@ def test_one_process_exchanges_values_with_itself():
 def test_start_without_torchrun_leaves_a_core_to_the_data_workers(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)  # restores it afterwards
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     for cores, expected in ((8, 7), (1, 1)):

@@ -95,13 +95,13 @@ def quiz(tmp_path_factory):
 
 
 def evaluate(*arguments):
-    """Calls eval_scienceqa.main() with these arguments. It leaves no faster F.linear behind."""
-    argv, linear = sys.argv, torch.nn.functional.linear
+    """Calls eval_scienceqa.main() with these arguments."""
+    argv = sys.argv
     sys.argv = ["eval_scienceqa.py", *map(str, arguments)]
     try:
         eval_scienceqa.main()
     finally:
-        sys.argv, torch.nn.functional.linear = argv, linear
+        sys.argv = argv
 
 
 def refused(*arguments) -> str:
@@ -496,7 +496,6 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         sys, "argv", ["eval_scienceqa.py", "--predictions", str(tmp_path / "absent.json"), "--data", str(tmp_path)]
     )
-    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)  # restores it afterwards
     with pytest.raises(SystemExit) as end:  # Python prints a text to stderr and exits with 1
         runpy.run_path(str(ROOT / "eval_scienceqa.py"), run_name="__main__")
     assert end.value.code.startswith("error: ") and "\n" not in end.value.code and capsys.readouterr().out == ""

@@ -10,9 +10,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT
 
+import distributed
 from tools import fast_cpu
 
-TORCH_LINEAR = F.linear
+TORCH_LINEAR, TORCH_ATTENTION = F.linear, F.scaled_dot_product_attention
 
 
 @pytest.fixture
@@ -20,7 +21,6 @@ def onednn(monkeypatch):
     """Applies the replacement on any processor with AVX-512, and removes it after the test."""
     if not fast_cpu.has_onednn():
         pytest.skip("needs a CPU with AVX-512, and oneDNN")
-    monkeypatch.setattr(F, "linear", TORCH_LINEAR)
     monkeypatch.setattr(fast_cpu, "prefers_onednn", lambda: True)
     fast_cpu.speed_up(keep_memory=False)
 
@@ -118,7 +118,6 @@ def test_speed_up_may_be_called_twice():
 
 
 def test_other_processors_keep_pytorchs_function(monkeypatch):
-    monkeypatch.setattr(F, "linear", TORCH_LINEAR)
     monkeypatch.setattr(fast_cpu, "is_amd", lambda: False)
     fast_cpu.speed_up(keep_memory=False)
     assert F.linear is TORCH_LINEAR
@@ -146,3 +145,41 @@ print(resident() - before)
         env["MALLOC_MMAP_THRESHOLD_"] = variable
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=env)
     assert (int(process.stdout) > 180) == stays  # MiB, of the 190 that were freed
+
+
+# --- attention
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_short_bf16_attention_that_trains_is_computed_in_fp32(autocast, monkeypatch):
+    """Its output and gradients are those of fp32, rounded."""
+    torch.manual_seed(0)
+    exact = [torch.randn(1, 2, 40, 16).bfloat16().float().requires_grad_() for _ in range(3)]
+    rounded = [t.detach().bfloat16().requires_grad_() for t in exact]
+    dy = torch.randn(1, 2, 40, 16).bfloat16()
+    expected = TORCH_ATTENTION(*exact, is_causal=True)
+    gradients = torch.autograd.grad(expected, exact, dy.float())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = fast_cpu.attention(*rounded, is_causal=True)
+    assert torch.equal(y, expected.bfloat16())
+    assert all(map(torch.equal, torch.autograd.grad(y, rounded, dy), (g.bfloat16() for g in gradients)))
+
+
+@pytest.mark.parametrize("what", ["fp32", "long", "frozen", "no_grad"])
+def test_other_attention_is_pytorchs(what, monkeypatch):
+    torch.manual_seed(0)
+    length, dtype = (fast_cpu.SHORT if what == "long" else 40), (torch.float32 if what == "fp32" else torch.bfloat16)
+    tensors = [torch.randn(1, 2, length, 16, dtype=dtype, requires_grad=what != "frozen") for _ in range(3)]
+    asked = []
+    monkeypatch.setattr(fast_cpu, "TORCH_ATTENTION", lambda q, k, v, **_: asked.append((q, k, v)))
+    with torch.set_grad_enabled(what != "no_grad"):
+        fast_cpu.attention(*tensors, is_causal=True)
+    assert all(a is b for a, b in zip(asked[0], tensors))
+
+
+def test_bf16_is_the_default_of_wide_models_on_processors_with_units_for_it(monkeypatch):
+    cpu = torch.device("cpu")
+    for flags, wide, narrow in (("amx_bf16", "bf16", "fp32"), ("avx512_bf16", "bf16", "fp32"), ("avx2", "fp32", "fp32")):
+        monkeypatch.setattr(fast_cpu, "processor", lambda flags=flags: f"flags: {flags}")
+        assert distributed.default_precision(cpu, fast_cpu.WIDE) == wide
+        assert distributed.default_precision(cpu, fast_cpu.WIDE - 1) == narrow

@@ -129,20 +129,20 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 
 
 def in_process(arguments, curves=False):
-    """Calls train.main() with these arguments. It leaves no signal handler, no lock and no faster F.linear behind.
+    """Calls train.main() with these arguments. It leaves no signal handler and no lock behind.
 
     curves: whether the run draws loss.png, which takes longer than these runs.
     """
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     handlers = [signal.getsignal(number) for number in numbers]
-    linear, draw = torch.nn.functional.linear, plots.loss_curves
+    draw = plots.loss_curves
     argv, sys.argv = sys.argv, ["train.py", *arguments]
     if not curves:
         plots.loss_curves = lambda run: None
     try:
         train.main()
     finally:
-        sys.argv, torch.nn.functional.linear, plots.loss_curves = argv, linear, draw
+        sys.argv, plots.loss_curves = argv, draw
         for number, handler in zip(numbers, handlers):
             signal.signal(number, handler)
         for descriptor in os.listdir("/proc/self/fd"):

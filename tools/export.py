@@ -83,7 +83,7 @@ def export(run: str | Path, folder: str | Path):
     if config.get("template") != TEMPLATE:
         raise UserError(f"{run}: was trained with the template {config.get('template')!r:.80}, expected {TEMPLATE!r}")
     # transformers builds all blocks of the ViT, also those above the feature layer.
-    vision = checkpoint.load_vision(checkpoint.vision_path(run), -1, None)
+    vision = checkpoint.load_vision(checkpoint.read_run(run)[2], -1, None)
     image_id = sp.vocab_size()  # the first id that no piece has
     files = {
         "config.json": model_config(model, vision, sp, image_id),

@@ -1,13 +1,14 @@
-"""Speeds up training and generation on CPUs from outside the model, in two ways.
+"""Speeds up training and generation on CPUs from outside the model, in three ways.
 
     freed memory    glibc keeps freed memory in the process instead of returning it to the system after each step.
     oneDNN          On AMD processors with AVX-512, oneDNN replaces MKL in `torch.nn.functional.linear` for fp32.
+    attention       In training in bf16, short sequences attend in fp32, whose backward pass is faster.
 
 MKL uses only AVX2 on AMD processors, half of their vector width; oneDNN, which PyTorch also contains, uses AVX-512.
 Both compute the same sums in a different order. On Intel processors MKL is as fast in stage 1 and faster in stage 2.
 
-`distributed.start_processes` calls `speed_up` once per process. The layers of the model stay plain `nn.Linear`: these
-look up `F.linear` at each call, so the replacement takes effect in every module, whenever it was created.
+`distributed.start_processes` calls `speed_up` once per process. The model stays plain PyTorch: it looks up `F.linear`
+and `F.scaled_dot_product_attention` at each call, so the replacements take effect in every module.
 """
 
 import ctypes
@@ -21,11 +22,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from glibc's malloc.h
-TORCH_LINEAR = F.linear
+TORCH_LINEAR, TORCH_ATTENTION = F.linear, F.scaled_dot_product_attention
+WIDE = 256  # the width of a LLaMA from which a training step in bf16 takes at most 0.6 times as long as in fp32, by AMX
+SHORT = 320  # positions below which PyTorch's attention with its backward pass is slower in bf16 than in fp32
 
 
 def speed_up(keep_memory: bool = True):
-    """Applies both measures to this process, for as long as it lives. Calling it again changes nothing.
+    """Applies these measures to this process, for as long as it lives. Calling it again changes nothing.
 
     keep_memory: False returns freed memory to the system, for models that need nearly all of it.
     """
@@ -33,6 +36,7 @@ def speed_up(keep_memory: bool = True):
         keep_freed_memory()
     if prefers_onednn():
         F.linear = linear
+    F.scaled_dot_product_attention = attention
 
 
 # --- memory
@@ -66,11 +70,19 @@ def prefers_onednn() -> bool:
 
 
 def is_amd() -> bool:
+    return "AuthenticAMD" in processor()
+
+
+def has_bf16_units() -> bool:
+    """Whether the processor multiplies matrices in bf16: by AMX, or by AVX-512's instructions for it."""
+    return torch.backends.mkldnn.is_available() and any(flag in processor() for flag in ("amx_bf16", "avx512_bf16"))
+
+
+def processor() -> str:
     try:
-        processor = Path("/proc/cpuinfo").read_text()
+        return Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
-        processor = platform.processor()
-    return "AuthenticAMD" in processor
+        return platform.processor()
 
 
 def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -117,3 +129,16 @@ def suits_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     if x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or not x.numel():
         return False
     return bias is None or bias.shape == weight.shape[:1]
+
+
+# --- attention
+
+
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arguments, **settings) -> torch.Tensor:
+    """Replaces F.scaled_dot_product_attention: query, key and value (..., T, hd) -> (..., T, hd)."""
+    trains = torch.is_grad_enabled() and query.requires_grad
+    if not (trains and query.is_cpu and query.dtype == torch.bfloat16 and query.shape[-2] < SHORT):
+        return TORCH_ATTENTION(query, key, value, *arguments, **settings)
+    with torch.autocast("cpu", enabled=False):  # which would cast them back to bf16
+        result = TORCH_ATTENTION(query.float(), key.float(), value.float(), *arguments, **settings)
+    return result.to(query.dtype)
