@@ -279,6 +279,7 @@ def open_run(run: str | Path, device: torch.device, trained_by: str, **expected)
     model, sp, config = load_run(run, None, trained_by=trained_by, **expected)
     bf16 = config.get("precision") == "bf16"
     model.to(device, torch.bfloat16 if bf16 else torch.float32).requires_grad_(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN would plan its attention anew for each length of the cache
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
     return model, sp, config, autocast
 

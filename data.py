@@ -33,6 +33,7 @@ from common import UserError, printable, shorten
 from conversation import IMAGE, IMAGE_ID, split_at_picture, system_ids, tokenize
 from formats.pictures import Pictures, check_inside, open_picture
 from formats.records import LETTERS, read_records, read_scienceqa
+from model import to_device
 from vision import preprocess
 
 REQUESTS = (  # section 4.2.1: a caption answers one of these, drawn at random
@@ -207,9 +208,9 @@ class Batch:
 
     def to(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, list[int], torch.Tensor]:
         """The arguments of LLaVA.forward."""
-        ids, green, pixels = (torch.from_numpy(a).to(device, non_blocking=True)
-                              for a in (self.ids, self.green, self.pixels))  # fmt: skip
-        return ids, green, self.borders, pixels
+        arrays = self.ids, np.flatnonzero(self.green), self.pixels
+        ids, target, pixels = (to_device(torch.from_numpy(array), device) for array in arrays)
+        return ids, target, self.borders, pixels
 
 
 @dataclass

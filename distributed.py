@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import UserError, reason
-from model import LLaVA
+from model import LLaVA, to_device
 
 TIMEOUT = timedelta(hours=2)  # the others wait while process 0 writes tens of GB; NCCL's default is ten minutes
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -100,7 +100,7 @@ def start_processes() -> tuple[int, int, torch.device]:
 def default_precision(device: torch.device, dim: int) -> str:
     """"bf16" or "fp32", whichever computes faster a LLaMA of this width."""
     if device.type == "cuda":
-        return "bf16"
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     from tools import fast_cpu
 
     return "bf16" if fast_cpu.has_bf16_units() and dim >= fast_cpu.WIDE else "fp32"
@@ -120,11 +120,12 @@ def outside_cause(error: Exception) -> str | None:
 
 def exchanged(numbers: Iterable[float], device: torch.device) -> torch.Tensor:
     """n numbers of each process -> (world_size, n) float64 on the CPU, the same in all processes."""
-    own = torch.tensor([*numbers], dtype=torch.float64, device=device)
-    rows = [own]
-    if dist.is_initialized():
-        rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, own)
+    own = torch.tensor([*numbers], dtype=torch.float64)
+    if not dist.is_initialized():
+        return own[None]
+    own = to_device(own, device)
+    rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, own)
     return torch.stack(rows).cpu()
 
 

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from conversation import IMAGE_ID
 from vision import VisionTransformer, normalize
 
+CPU = torch.device("cpu")
 varlen_attn: Any = None  # PyTorch's kernel that attends within all samples of a stream at once
 if torch.cuda.is_available():  # the import takes 70 MB, and CPUs have no such kernel
     with suppress(ImportError):
@@ -64,8 +65,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (N, dim)
-        y = x.float()  # a mean of squares overflows in fp16 and loses digits in bf16
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        y = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)  # the mean of squares loses digits in bf16
         return y.to(x.dtype) * self.weight
 
 
@@ -164,11 +164,16 @@ class LLaMA(nn.Module):
 # --- attention within the samples of a stream, and over a cache
 
 
-def position_ids(borders: list[int], device: torch.device | None = None) -> torch.Tensor:
+def to_device(t: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies a tensor of the CPU. A GPU copies from pinned memory without making the host wait for its work."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+
+
+def position_ids(borders: list[int], device: torch.device = CPU) -> torch.Tensor:
     """The position (N,) of each token in its sample, which follows the system message: [2, 5, 7] -> 0 1 2 3 4 2 3."""
     S = borders[0]
     parts = [torch.arange(S)] + [torch.arange(S, S + end - start) for start, end in pairwise(borders)]
-    return torch.cat(parts).to(device)
+    return to_device(torch.cat(parts), device)
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -188,6 +193,7 @@ class StreamAttention:
     def __init__(self, borders: list[int]):
         self.S = borders[0]
         self.lengths = [end - start for start, end in pairwise(borders)]  # of the samples, without the message
+        self.ends: list[torch.Tensor] = []  # the varlen kernel's borders of q and of k, the same in all layers
 
     def after_message(self, t: torch.Tensor) -> list[torch.Tensor]:
         """(N, heads, hd) -> a tensor (S+T, heads, hd) for each sample."""
@@ -206,9 +212,10 @@ class StreamAttention:
         no copy of the message: the first sample's are those of the message and its own."""
         k, v = torch.cat(self.after_message(k)), torch.cat(self.after_message(v))  # (N + (B-1) S, K, hd)
         lengths_q, lengths_k = [self.S + self.lengths[0], *self.lengths[1:]], [self.S + T for T in self.lengths]
-        ends_q, ends_k = (torch.tensor([0, *lengths]).cumsum(0).to(q.device, torch.int32, non_blocking=True)
-                          for lengths in (lengths_q, lengths_k))  # fmt: skip
-        return varlen_attn(q, k, v, ends_q, ends_k, max(lengths_q), max(lengths_k),
+        if not self.ends:
+            self.ends = [to_device(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), q.device)
+                         for lengths in (lengths_q, lengths_k)]  # fmt: skip
+        return varlen_attn(q, k, v, *self.ends, max(lengths_q), max(lengths_k),
                            window_size=(-1, 0),  # any distance to the left, none to the right
                            enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
 
@@ -221,10 +228,10 @@ class KVCache:
 
     ROOM = 64  # positions by which the rows grow when the longest one is full
 
-    def __init__(self, borders: list[int], device: torch.device | None = None):
+    def __init__(self, borders: list[int], device: torch.device = CPU):
         self.stream, self.layers = StreamAttention(borders), []
         lengths = [self.stream.S + length for length in self.stream.lengths]
-        self.lengths, self.longest = torch.tensor(lengths, device=device), max(lengths)
+        self.lengths, self.longest = to_device(torch.tensor(lengths), device), max(lengths)
 
     def prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor:
         """Attention within a stream of prompts (see StreamAttention); stores their keys and values."""
@@ -234,9 +241,10 @@ class KVCache:
 
     def rows_of(self, t: torch.Tensor) -> torch.Tensor:
         """(N, K, hd) of the stream -> (B, K, room, hd), so that a step reads the positions of a head side by side."""
-        room = self.longest + self.ROOM
-        rows = [F.pad(row, (0, 0, 0, 0, 0, room - len(row))) for row in self.stream.after_message(t)]
-        return torch.stack(rows).transpose(1, 2).contiguous()
+        rows = t.new_zeros(len(self.lengths), t.shape[1], self.longest + self.ROOM, t.shape[2])
+        for row, sample in zip(rows, self.stream.after_message(t)):
+            row[:, : len(sample)] = sample.transpose(0, 1)
+        return rows
 
     def step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor:
         """Attention of one new token per row, (B, heads, hd), after storing its key and value at the row's length."""
@@ -244,11 +252,12 @@ class KVCache:
             self.layers[layer] = [F.pad(rows, (0, 0, 0, self.ROOM)) for rows in self.layers[layer]]
         keys, values = self.layers[layer]
         longest = self.longest + 1  # with the new token
-        rows = torch.arange(len(q), device=q.device)
-        keys[rows, :, self.lengths], values[rows, :, self.lengths] = k, v
+        if layer == 0:  # the other layers use the same
+            self.rows = torch.arange(len(q), device=q.device)
+            self.filled = torch.arange(longest, device=q.device) <= self.lengths[:, None]  # (B, longest)
+        keys[self.rows, :, self.lengths], values[self.rows, :, self.lengths] = k, v
         keys, values = keys[:, :, :longest], values[:, :, :longest]  # (B, K, longest, hd)
-        filled = torch.arange(longest, device=q.device) <= self.lengths[:, None]  # (B, longest)
-        out = F.scaled_dot_product_attention(q[:, :, None], keys, values, filled[:, None, None],
+        out = F.scaled_dot_product_attention(q[:, :, None], keys, values, self.filled[:, None, None],
                                              enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
         return out[:, :, 0]  # (B, H, hd)
 
@@ -305,20 +314,21 @@ class LLaVA(nn.Module):
         with torch.no_grad():  # the ViT is always frozen
             Z_v = self.vision(normalize(pixels))  # (pictures, P, D)
         H_v = self.projector(Z_v)  # (pictures, P, dim)
-        at_patch = ids == IMAGE_ID
-        assert int(at_patch.sum()) == H_v.shape[0] * H_v.shape[1], "each patch position needs one feature"
         x = self.llama.tok_embeddings(ids.clamp(min=0))  # (N, dim)
+        H_v, at_patch = H_v.to(x.dtype).flatten(0, 1), ids == IMAGE_ID
+        assert ids.is_cuda or at_patch.sum() == len(H_v), "each patch position needs one feature"  # a GPU would wait
+        places = torch.nonzero_static(at_patch, size=len(H_v)).squeeze(1)  # a given size: no wait for the number
         # Without a picture this changes nothing, but W gets a gradient of zeros, which DDP needs.
-        return x.masked_scatter(at_patch[:, None], H_v.to(x.dtype).flatten(0, 1))
+        return x.index_copy(0, places, H_v)
 
-    def forward(self, ids: torch.Tensor, green: torch.Tensor, borders: list[int],
+    def forward(self, ids: torch.Tensor, target: torch.Tensor, borders: list[int],
                 pixels: torch.Tensor) -> torch.Tensor:  # fmt: skip
         """Eq. 3: the negative log likelihood of the green tokens of a stream, summed: a scalar, float32.
 
-        ids (N,) int64, green (N,) bool, pixels as in `embed`. A sum, not a mean: the training loop divides it once, by
-        the number of green tokens of the global batch, so the gradient does not depend on how that batch is cut.
+        ids (N,) int64, pixels as in `embed`; target (M,) int64, the positions of the green tokens. A sum, not a mean:
+        the training loop divides it once, by the number of green tokens of the global batch, so the gradient does not
+        depend on how that batch is cut.
         """
-        target = green.nonzero().squeeze(1)  # (M,)
         x = self.embed(ids, pixels)  # (N, dim)
         # The position before a green token predicts it. A sample never starts green, so both are of one sample.
         x = self.llama(x, position_ids(borders, ids.device), StreamAttention(borders), wanted=target - 1)  # (M, dim)
@@ -337,7 +347,7 @@ class LLaVA(nn.Module):
         seed: each prompt has its own generator, so its answer does not depend on its neighbours.
         """
         cache = KVCache(borders, ids.device)
-        last = torch.tensor(borders[1:], device=ids.device) - 1  # of each prompt
+        last = to_device(torch.tensor(borders[1:]) - 1, ids.device)  # of each prompt
         x = self.embed(ids, pixels)  # (N, dim)
         x = self.llama(x, position_ids(borders, ids.device), cache.prefill, wanted=last)  # (B, dim)
         rows = list(range(len(last)))  # the prompts whose answers continue
@@ -352,9 +362,9 @@ class LLaVA(nn.Module):
             if not going or step + 1 == max_new_tokens:
                 return
             if len(going) < len(rows):
-                cache.select(torch.tensor(going, device=ids.device))
+                cache.select(to_device(torch.tensor(going), ids.device))
                 rows, tokens = [rows[j] for j in going], [tokens[j] for j in going]
-            x = self.llama.tok_embeddings(torch.tensor(tokens, device=ids.device))  # (rows, dim)
+            x = self.llama.tok_embeddings(to_device(torch.tensor(tokens), ids.device))  # (rows, dim)
             x = self.llama(x, cache.lengths, cache.step)
             cache.advance()
 

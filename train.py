@@ -45,7 +45,7 @@ from conversation import TEMPLATE
 from data import SCIENCEQA_PROMPT, Encoder, Examples, Share, Shares, prefetched
 from distributed import by_process_0
 from formats.pictures import Pictures
-from model import LLaVA
+from model import FeedForward, LLaVA, RMSNorm
 from vision import FEATURE_LAYER, PREPROCESSING
 
 PAPER = {  # section 4.2: the settings of each run of the paper
@@ -86,9 +86,10 @@ def starting_model(args: argparse.Namespace, dtype: torch.dtype) -> LLaVA:
         model = checkpoint.build(checkpoint.load_llama(args.llama, llama_dtype), vit, projector, args.seed)
     model.set_trainable(args.stage)
     model.llama.checkpoint_activations = args.checkpoint_activations
-    if args.compile:
-        for layer in model.llama.layers:
-            layer.compile(dynamic=True)
+    if args.compile:  # the attention would compile anew for each number of samples, and its RoPE not at all
+        for module in model.llama.layers.modules():
+            if isinstance(module, (RMSNorm, FeedForward)):
+                module.compile(dynamic=True)
     return model
 
 
@@ -207,8 +208,8 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
                 nll = net(*micro_batch.to(device))
             (nll * world_size / green).backward()  # Eq. 3, a mean over the global batch; DDP divides by world_size
             nll_sum += nll.detach()
+        grad_norm = distributed.clip_gradients(parameters, MAX_GRAD_NORM)  # waits for the GPU
         loss = float(distributed.exchanged([nll_sum.item()], device).sum()) / green
-        grad_norm = distributed.clip_gradients(parameters, MAX_GRAD_NORM)
         if not math.isfinite(loss + grad_norm):
             ids = shorten(distributed.gathered(share.ids))
             failure = f"loss {loss}, gradient norm {grad_norm} (samples {ids}); lower --lr, or are the weights damaged?"
@@ -391,10 +392,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         f"sample once an epoch ({paper('sampling')})")  # fmt: skip
     add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="each process holds the whole model (ddp) or a "
         "share of its parameters, gradients and optimizer state (fsdp)")  # fmt: skip
-    add("--precision", choices=("bf16", "fp32"), help="of matrix products (default: bf16 on GPUs, and "
-        "on CPUs with units for it if the LLaMA is wide enough to gain; else fp32)")  # fmt: skip
+    add("--precision", choices=("bf16", "fp32"), help="of matrix products (default: bf16 on GPUs since Ampere, and "
+        "on CPUs with units for it if the LLaMA is wide enough to gain; else fp32); fp32 on GPUs is TF32")  # fmt: skip
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue the run in --out")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the LLaMA's blocks")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the LLaMA's norms and "
+        "feed-forward layers")  # fmt: skip
     add("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
         help="recompute each block in the backward pass: less memory, more time")  # fmt: skip
     add("--save-every", type=number(0), default=500, help="steps between saved states; 0 = at the end only")

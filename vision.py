@@ -75,8 +75,8 @@ def load_pixels(path: Path, size: int) -> torch.Tensor:
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
     """(B, 3, size, size) uint8 -> float32 of CLIP's mean and deviation."""
-    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
-    return (pixels / 255 - mean) / std
+    channels = zip(pixels.unbind(1), MEAN, STD)
+    return torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], 1)
 
 
 # --- pixels -> grid features

@@ -148,7 +148,8 @@ class Ours:
         if kind == "answers":
             hold_frozen(llava.requires_grad_(False), precision)
             return
-        self.green = torch.cat([samples[0][1][:SYSTEM]] + [green[SYSTEM:] for _, green in samples])  # (N,)
+        green = torch.cat([samples[0][1][:SYSTEM]] + [green[SYSTEM:] for _, green in samples])  # (N,)
+        self.target = green.nonzero().squeeze(1)  # (M,)
         llava.set_trainable(int(kind[-1]))
         hold_frozen(llava, precision)
         self.trained = [p for p in llava.parameters() if p.requires_grad]
@@ -156,8 +157,8 @@ class Ours:
 
     def loss(self):
         with self.autocast:
-            nll = self.model(self.ids, self.green, self.borders, self.pixels)
-        return nll / self.green.sum()
+            nll = self.model(self.ids, self.target, self.borders, self.pixels)
+        return nll / len(self.target)
 
     def gradients(self) -> list[torch.Tensor]:
         """Of W, and in stage 2 of two matrices of the LLaMA."""

@@ -299,9 +299,10 @@ def samples(n: int = 4) -> list:
 def stream(samples: list, system: Sequence[int] = ()) -> tuple[torch.Tensor, torch.Tensor, list[int], torch.Tensor]:
     """The arguments of `LLaVA.forward` for samples (ids, green, pixels) behind a system message of these ids."""
     ids, green, pixels = zip(*samples)
-    system_ids, system_green = torch.tensor(system, dtype=torch.long), torch.zeros(len(system), dtype=torch.bool)
+    system_ids = torch.tensor(system, dtype=torch.long)
     borders = list(accumulate([len(system), *map(len, ids)]))
-    return torch.cat([system_ids, *ids]), torch.cat([system_green, *green]), borders, torch.cat(pixels)
+    target = len(system) + torch.cat(green).nonzero().squeeze(1)
+    return torch.cat([system_ids, *ids]), target, borders, torch.cat(pixels)
 
 
 def generated(llava: LLaVA, *batch, stop: Sequence[list[int]] = (), **settings) -> list[list[int]]:

@@ -302,8 +302,9 @@ def test_a_stream_without_samples_predicts_nothing(tiny_tokenizer):
 
 def test_the_arguments_of_the_model(tiny_tokenizer, folder):
     (batch,) = make_steps(tiny_tokenizer, folder, captions(2))[0].micro_batches
-    ids, green, borders, pixels = batch.to(torch.device("cpu"))
-    assert (ids.dtype, green.dtype, pixels.dtype) == (torch.int64, torch.bool, torch.uint8)
+    ids, target, borders, pixels = batch.to(torch.device("cpu"))
+    assert (ids.dtype, target.dtype, pixels.dtype) == (torch.int64, torch.int64, torch.uint8)
+    assert target.tolist() == [i for i, green in enumerate(batch.green) if green]
     assert borders == batch.borders
     assert pixels.shape == (2, 3, SIZE, SIZE)
 

@@ -275,6 +275,22 @@ def test_training_can_start_from_a_published_projector(inputs, tmp_path):
     assert torch.equal(saved["weight"], weight) and "bias" in saved
 
 
+def test_compiled_layers_fit_all_batches(inputs, tmp_path, monkeypatch):
+    """Two graphs, of the norms and of the feed-forward layers, whatever the layer and the number of samples."""
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *args, **kwargs: original(*args, **kwargs, backend="eager"))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    counters.clear()
+    settings = dict(micro_batch_tokens=150, batch_size=7, max_steps=4)
+    in_process([*flags(inputs, tmp_path / "compiled", **settings), "--compile"])
+    assert counters["unique_graphs"] == 2
+    in_process(flags(inputs, tmp_path / "plain", **settings))
+    assert counters["unique_graphs"] == 2
+    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("compiled", "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def test_bf16_autocast_is_near_fp32(inputs, tmp_path):
     for precision in ("bf16", "fp32"):
         in_process(flags(inputs, tmp_path / precision, precision=precision, max_steps=3))
@@ -374,9 +390,9 @@ def test_scienceqa_trains_from_its_folder(inputs, chat, tmp_path, monkeypatch):
         in_process(command)
     pictures, forward = [], LLaVA.forward
 
-    def record(self, ids, green, borders, pixels):
+    def record(self, ids, target, borders, pixels):
         pictures.append(len(pixels))
-        return forward(self, ids, green, borders, pixels)
+        return forward(self, ids, target, borders, pixels)
 
     monkeypatch.setattr(LLaVA, "forward", record)
     in_process([*command, "--missing-pictures-as-text"])
