@@ -270,7 +270,10 @@ def load_run(run: str | Path, dtype: torch.dtype | None = torch.float32,
     if all(checksum(vision, every_file) != recorded.get("sha256") for every_file in (False, True)):
         raise UserError(f"{vision}: not the ViT that {run} was trained with (vision.json has another sha256); restore "
                         "that one or train again")  # fmt: skip
-    llava = build(load_llama(llama, dtype), vit, load_projector(run / "projector.pth"))
+    try:
+        llava = build(load_llama(llama, dtype), vit, load_projector(run / "projector.pth"))
+    except UserError as error:
+        raise UserError(f"{run}: {error}") from None
     return llava, open_tokenizer(tokenizer_path(llama), llava.llama.config), config
 
 

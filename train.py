@@ -299,8 +299,8 @@ def check_room(out: Path, trained: int):
     needed = (2 * STATE_BYTES + WEIGHT_BYTES) * trained
     room = shutil.disk_usage(out).free + sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     if room < needed:
-        raise UserError(f"{out}: its state and weights need {needed / 2**30:.1f} GiB, and there is room for "
-                        f"{room / 2**30:.1f}; free some space or give another --out")  # fmt: skip
+        raise UserError(f"{out}: its state and weights need {needed / 2**20:,.1f} MiB, and there is room for "
+                        f"{room / 2**20:,.1f}; free some space or give another --out")  # fmt: skip
 
 
 def resume(out: Path, state: dict, net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:

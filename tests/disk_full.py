@@ -75,7 +75,7 @@ def faults_of_end(process: subprocess.Popen, processes: int) -> list[str]:
         return []
     lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
     faults = []
-    if not re.search("No space left|could not be written", "".join(lines)):
+    if not re.search("No space left|could not be written|there is room for", "".join(lines)):
         faults.append("NO CLEAR LINE")
     if 'train.py", line' in stderr:  # torchrun's report contains a traceback of torchrun itself
         faults.append("A TRACEBACK")

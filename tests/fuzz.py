@@ -43,7 +43,7 @@ import checkpoint
 import data
 import distributed
 import eval_scienceqa
-from common import UserError, reason
+from common import UserError, printable, reason
 from conversation import show, system_ids, tokenize
 from formats.pictures import Pictures
 from formats.records import read_scienceqa
@@ -498,7 +498,7 @@ def forbidden_acts(name: str, root: Path) -> list[str]:
 def fault_of_message(message: str, name: str) -> str:
     """What is wrong with an error message; "" if it is one short printable line that names the file."""
     text = "".join(c for c in message if not 0xD800 <= ord(c) < 0xE000)  # lone surrogates print as "?"
-    if text.isprintable() and len(text) < 1000 and name in text:
+    if printable(text) == text and len(text) < 1000 and name in text:
         return ""
     return f"message of several lines, or too long, or without the file's name: {message[:300]!r}"
 

@@ -656,7 +656,7 @@ def test_a_disk_without_room_is_refused_before_the_training(inputs, tmp_path, mo
         if enough:
             in_process(command)
         else:
-            with pytest.raises(UserError, match="need 0.0 GiB, and there is room for 0.0"):
+            with pytest.raises(UserError, match="need 0.1 MiB, and there is room for 0.1"):
                 in_process(command)
             assert not (tmp_path / "config.json").exists()
 

@@ -80,6 +80,8 @@ def feature_layer(config: dict, is_llava: bool, path: Path) -> int:
         layer = config.get("vision_feature_layer", TRANSFORMERS_LAYER)
     elif is_llava:
         layer = config.get("mm_vision_select_layer", ORIGINAL_LAYER)
+    if type(layer) is not int:
+        raise UserError(f"{path}: the feature layer is {layer!r:.80}, expected an integer")
     huggingface.require(
         path,
         vision_feature_select_strategy=(config.get("vision_feature_select_strategy", "default"), "default"),
