@@ -213,8 +213,8 @@ def test_the_feature_layer_of_the_original_release(tmp_path, tiny_tokenizer, set
 
 
 @pytest.mark.parametrize("settings, word", [
-    ({"mm_vision_select_layer": [-2, -5]}, "feature layer \\[-2, -5\\], expected"),
-    ({"mm_vision_select_layer": None}, "feature layer None, expected"),
+    ({"mm_vision_select_layer": [-2, -5]}, "the feature layer is \\[-2, -5\\], expected"),
+    ({"mm_vision_select_layer": None}, "the feature layer is None, expected an integer"),
     ({"mm_vision_select_layer": -5}, "feature layer -5, expected -4 to -1"),
     ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch'"),
     ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy is 'full'"),
