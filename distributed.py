@@ -85,10 +85,9 @@ def start_processes() -> tuple[int, int, torch.device]:
 
         fast_cpu.speed_up()
         if "OMP_NUM_THREADS" not in os.environ:
-            # One core is left to the data workers. PyTorch's threads wait for each other at every operation, so they
-            # are many times slower when they outnumber the free cores.
+            # PyTorch's threads wait for each other at every operation, so they must not outnumber the cores.
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            torch.set_num_threads(max(1, cores // local_world - 1))
+            torch.set_num_threads(max(1, cores // local_world))
     if "RANK" in os.environ:
         if absent := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
             raise UserError(f"RANK is set, but not {' and '.join(absent)}; start with torchrun, or unset RANK")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ["OMP_NUM_THREADS"] = "1"  # more threads slow down models of this size; several tests run at once
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # hides the GPUs from torch: the tests compare results of the CPU
 
 import numpy as np  # noqa: E402
@@ -30,7 +31,7 @@ from vision import VisionConfig, VisionTransformer  # noqa: E402
 SHARED = ROOT.parent / "shared" / "data"  # outside the repository; tests that read it are skipped if it is absent
 VIT = VisionConfig(image_size=42, patch_size=14, width=128, layers=3)  # 2 heads, 9 patches
 VOCAB = 97
-torch.set_num_threads(1)  # more threads slow down models of this size
+torch.set_num_threads(1)
 # A script's background job ignores SIGINT, and so would the processes that the tests start and interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -352,12 +352,13 @@ def test_one_process_exchanges_values_with_itself():
         distributed.by_process_0(fail)
 
 
-def test_start_without_torchrun_leaves_a_core_to_the_data_workers(monkeypatch):
+def test_processes_of_a_machine_share_its_cores(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    for cores, expected in ((8, 7), (1, 1)):
+    for cores, processes, expected in ((8, 1, 8), (8, 4, 2), (1, 1, 1), (1, 2, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores))
         assert distributed.start_processes() == (0, 1, torch.device("cpu"))
         assert threads.pop() == expected
