@@ -31,6 +31,11 @@ def run_command(main: Callable[[], None]):
         raise SystemExit(141) from None  # 128 + SIGPIPE
 
 
+def is_process_0() -> bool:
+    """True in the process that prints: the first of those that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of the description and appends a flag's default to its help, unless it is None or a switch."""
 

@@ -12,12 +12,12 @@ All records are checked before training starts. Threads compute the streams ahea
 """
 
 import collections
+import functools
 import hashlib
 import itertools
 import json
 import math
 import multiprocessing
-import os
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
-from common import UserError, printable, shorten
+from common import UserError, is_process_0, printable, shorten
 from conversation import IMAGE, IMAGE_ID, split_at_picture, system_ids, tokenize
 from formats.pictures import Pictures, check_inside, open_picture
 from formats.records import LETTERS, read_records, read_scienceqa
@@ -128,8 +128,9 @@ def options_line(choices: list[str]) -> str:
 def check_records(path: Path, records: list[dict]) -> str:
     """The kind of the records, a key of KINDS. Raises UserError for the first that is faulty."""
     kind = "LLaVA conversations" if "conversations" in records[0] else "captions"
-    silent, rng = os.environ.get("RANK", "0") != "0", random.Random(0)
-    for i, record in enumerate(tqdm(records, f"checking {path.name}", delay=1, leave=False, disable=silent)):
+    rng = random.Random(0)
+    bar = tqdm(records, f"checking {path.name}", delay=1, leave=False, disable=not is_process_0())
+    for i, record in enumerate(bar):
         try:
             KINDS[kind](record, rng)
         except ValueError as error:
@@ -309,14 +310,17 @@ class Shares:
     def __init__(self, examples: Examples, encoder: Encoder, batch_size: int, seed: int, rank: int = 0,
                  world_size: int = 1, limit: int = 16384, sampling: str = "proportional"):  # fmt: skip
         """batch_size: samples of the global batch. limit: positions of a micro-batch, unless one sample has more."""
-        self.examples, self.encoder, self.batch_size, self.seed = examples, encoder, batch_size, seed
-        self.rank, self.world_size, self.limit, self.sampling = rank, world_size, limit, sampling
+        self.examples, self.encoder, self.batch_size = examples, encoder, batch_size
+        self.rank, self.world_size, self.limit = rank, world_size, limit
         self.per_epoch = math.ceil(len(examples) / batch_size)  # the last batch of an epoch may be smaller
+        # Threads may read the end of an epoch and the start of the next one at the same time.
+        types = examples.types()
+        self.order = functools.lru_cache(maxsize=2)(lambda epoch: epoch_order(types, epoch, seed, sampling))
 
     def __getitem__(self, t: int) -> Share:
         epoch, within = divmod(t, self.per_epoch)
         start = within * self.batch_size
-        chosen = epoch_order(self.examples.types(), epoch, self.seed, self.sampling)[start : start + self.batch_size]
+        chosen = self.order(epoch)[start : start + self.batch_size]
         samples, share = [], Share()
         for i in chosen[self.rank :: self.world_size].tolist():
             example = self.examples.get(i, epoch)

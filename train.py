@@ -33,6 +33,7 @@ from common import (
     ArgumentParser,
     UserError,
     append_lines,
+    is_process_0,
     number,
     read_json,
     reason,
@@ -117,8 +118,7 @@ def run_config(args: argparse.Namespace, model: LLaVA, examples: Examples) -> di
                 "vision": checkpoint.fingerprint(model.vision)}  # fmt: skip
     return dict(settings=settings, contents=contents, stage=args.stage, template=TEMPLATE, prompt=SCIENCEQA_PROMPT,
                 precision=args.precision, feature_layer=model.vision.feature_layer, preprocessing=PREPROCESSING,
-                torch=torch.__version__, llama=settings["llama"],
-                vision=settings["vision"])  # fmt: skip
+                torch=torch.__version__, llama=settings["llama"], vision=settings["vision"])  # fmt: skip
 
 
 # --- the loop
@@ -140,7 +140,7 @@ def fault_in(share: Share, green: int, bad: int, failed: int, allowed: int) -> s
     if not green:
         why = "no picture of its samples can be read" if bad else "every answer lies beyond --max-length; raise it"
         return f"its batch has no green token (samples {shorten(distributed.gathered(share.ids))}): {why}"
-    if os.environ.get("RANK", "0") == "0":
+    if is_process_0():
         for error in errors:
             tqdm.write(f"skipped: {error}")
     return None

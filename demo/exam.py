@@ -9,7 +9,6 @@ after its training, and then with the pictures swapped: the last row of answers 
 
 import argparse
 import itertools
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import build, load_llama, load_run, load_vision, open_run
-from common import ArgumentParser, UserError, read_json, run_command, write_json
+from common import ArgumentParser, UserError, is_process_0, read_json, run_command, write_json
 from conversation import IMAGE
 from data import REQUESTS, Encoder, Example
 from demo import world
@@ -219,7 +218,7 @@ def finish(args: argparse.Namespace):
 
     Only process 0 works; in the others it returns at once. The quiz has its own program, eval_scienceqa.py.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not is_process_0():
         return
     if args.name == "scienceqa":
         model = "" if args.out == Path("runs/scienceqa") else f" --model {args.out}"

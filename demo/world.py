@@ -9,7 +9,6 @@ two backbones beside this file.
 
 import argparse
 import json
-import os
 import random
 import shutil
 import zlib
@@ -20,7 +19,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from common import ArgumentParser, UserError, run_command, write_error
+from common import ArgumentParser, UserError, is_process_0, run_command, write_error
 from conversation import IMAGE
 
 # A change of the world or of build.py needs a new RECIPE: the names of the backbones' files contain it.
@@ -478,7 +477,7 @@ def begin(args: argparse.Namespace):
     overridden = {name: value for name, value in SETTINGS[args.name].items() if getattr(args, name) is None}
     for name, value in overridden.items():
         setattr(args, name, value)
-    if overridden and os.environ.get("RANK", "0") == "0":
+    if overridden and is_process_0():
         flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in overridden.items())
         print(f"demo: {flags} override the paper's settings, which are for a larger model")
     by_process_0(prepare)

@@ -5,13 +5,12 @@ Only the functions under "files" read anything; all others are pure. "Raw" names
 `transformer.resblocks.0.ln_1.bias`.
 """
 
-import os
 import re
 from pathlib import Path
 
 import torch
 
-from common import UserError, read_json, reason, shorten
+from common import UserError, is_process_0, read_json, reason, shorten
 from formats.openai import HEAD_DIM, vision_sizes
 from formats.tensors import LFS_POINTER, load_weights
 
@@ -140,7 +139,7 @@ def load_projector(path: str | Path) -> dict[str, torch.Tensor]:
     """
     weights = load_weights(path)
     embeddings = [name for name in weights if name.endswith("embed_tokens.weight")]
-    if embeddings and os.environ.get("RANK", "0") == "0":
+    if embeddings and is_process_0():
         print(f"{path}: W is taken; {shorten(embeddings)} is left out, as this program adds no tokens")
     return {name.split("mm_projector.")[-1]: weights[name] for name in weights if name not in embeddings}
 

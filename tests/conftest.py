@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -87,6 +87,30 @@ def open_chat(run, *flags):
 def picture(tmp_path):
     Image.linear_gradient("L").resize((50, 40)).save(tmp_path / "a picture.png")
     return tmp_path / "a picture.png"
+
+
+def write_quiz(folder: Path, change: Callable[[dict], object], splits: dict, wide: Sequence[int] = ()) -> Path:
+    """A ScienceQA folder of 26 problems of all categories, ids from 100; every third has a picture.
+
+    change: called with the problems {id: problem} before they are written. splits: others than `test`, which has all.
+    wide: the numbers of the problems whose picture is ten times as wide as high.
+    """
+    problems = {}
+    for i in range(26):
+        id = str(100 + i)
+        problems[id] = dict(
+            question="Which thing is at the left?", hint="blue is red" if i % 2 else "", answer=i % 2,
+            choices=["red", "blue", "it lives here"][: 2 + i % 2], image="image.png" if i % 3 == 0 else None,
+            split="test", grade=f"grade{i % 12 + 1}", lecture="Things have a colour.", solution="It is so.",
+            subject=["natural science", "social science", "language science"][i % 3])  # fmt: skip
+        if i % 3 == 0:
+            (folder / f"images/test/{id}").mkdir(parents=True)
+            picture = Image.linear_gradient("L").rotate(14 * i).resize((400 if i in wide else 40, 40))
+            picture.save(folder / f"images/test/{id}/image.png")
+    change(problems)
+    (folder / "problems.json").write_text(json.dumps(problems))
+    (folder / "pid_splits.json").write_text(json.dumps({"test": list(problems)} | splits))
+    return folder
 
 
 def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:

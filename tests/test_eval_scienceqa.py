@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, write_quiz
 from PIL import Image
 
 import checkpoint
@@ -75,23 +75,13 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def quiz(tmp_path_factory):
     """A ScienceQA folder of 26 problems of all categories and many lengths; every third has a picture."""
-    folder = tmp_path_factory.mktemp("quiz")
-    problems = {}
-    for i in range(26):
-        id = str(100 + i)
-        problems[id] = dict(
-            question=f"Which thing is {'far ' * (7 * i % 11)}at the left?", hint="blue is red" if i % 2 else "",
-            choices=["red", "blue", "it lives here"][: 2 + i % 2], answer=i % 2,
-            image="image.png" if i % 3 == 0 else None, split="test", grade=f"grade{i % 12 + 1}",
-            subject=["natural science", "social science", "language science"][i % 3],
-            lecture="Things have a colour.", solution="It is so.")  # fmt: skip
-        if i % 3 == 0:
-            (folder / f"images/test/{id}").mkdir(parents=True)
-            Image.linear_gradient("L").rotate(14 * i).resize((40, 40)).save(folder / f"images/test/{id}/image.png")
-    (folder / "problems.json").write_text(json.dumps(problems))
-    splits = {"test": list(problems), "two": ["100", "101"], "empty": [], "lost": ["7"]}
-    (folder / "pid_splits.json").write_text(json.dumps(splits))
-    return folder
+
+    def vary_lengths(problems):
+        for i, problem in enumerate(problems.values()):
+            problem["question"] = f"Which thing is {'far ' * (7 * i % 11)}at the left?"
+
+    splits = {"two": ["100", "101"], "empty": [], "lost": ["7"]}
+    return write_quiz(tmp_path_factory.mktemp("quiz"), vary_lengths, splits)
 
 
 def evaluate(*arguments):

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_quiz
 from PIL import Image
 
 import eval_scienceqa
@@ -163,23 +163,11 @@ def test_mistakes_end_in_one_line(command, tmp_path, flags, error):
 @pytest.fixture(scope="module")
 def quiz(tmp_path_factory):
     """26 problems of all categories, every third with a picture; question 101 is hostile."""
-    folder = tmp_path_factory.mktemp("quiz")
-    problems = {}
-    for i in range(26):
-        id = str(100 + i)
-        problems[id] = dict(
-            question="Which thing is at the left?", hint="blue is red" if i % 2 else "", answer=i % 2,
-            choices=["red", "blue", "it lives here"][: 2 + i % 2], image="image.png" if i % 3 == 0 else None,
-            split="test", grade=f"grade{i % 12 + 1}", lecture="Things have a colour.", solution="It is so.",
-            subject=["natural science", "social science", "language science"][i % 3])  # fmt: skip
-        if i % 3 == 0:
-            (folder / f"images/test/{id}").mkdir(parents=True)
-            picture = Image.linear_gradient("L").rotate(14 * i).resize((400 if i == 3 else 40, 40))
-            picture.save(folder / f"images/test/{id}/image.png")
-    problems["101"] |= dict(question=HOSTILE, choices=[HOSTILE, "<b>blue</b>"], hint=HOSTILE, lecture=HOSTILE)
-    (folder / "problems.json").write_text(json.dumps(problems))
-    (folder / "pid_splits.json").write_text(json.dumps({"test": list(problems), "few": ["100", "101"]}))
-    return folder
+
+    def make_hostile(problems):
+        problems["101"] |= dict(question=HOSTILE, choices=[HOSTILE, "<b>blue</b>"], hint=HOSTILE, lecture=HOSTILE)
+
+    return write_quiz(tmp_path_factory.mktemp("quiz"), make_hostile, {"few": ["100", "101"]}, wide=[3])
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ import torch
 import checkpoint
 from chat import TRAINED_BY
 from common import ArgumentParser, UserError, number, printable, read_json, reason, replacing, run_command, write_error
-from conversation import IMAGE, IMAGE_ID, STOP, TEMPLATE, has_ended, surface, tokenize
+from conversation import IMAGE, IMAGE_ID, TEMPLATE, has_ended, surface, tokenize
 from data import REQUESTS
 from demo import world
 from model import LLaVA, StreamAttention, position_ids
@@ -173,7 +173,7 @@ def look(model: LLaVA, sp, pixels: torch.Tensor, prompt: str, max_new_tokens: in
     prompt_ids, _ = tokenize(sp, [f"{IMAGE}\n{prompt}"], model.vision.config.n_patches)
     ids = torch.from_numpy(prompt_ids).to(pixels.device)
     *_, [answer] = model.generate(ids, [0, len(ids)], pixels, partial(has_ended, sp), max_new_tokens)
-    while answer and (STOP in surface(sp, answer) or answer[-1] == sp.eos_id()):
+    while answer and has_ended(sp, answer):
         answer.pop()
     words = split_words(sp, answer)
     rows = torch.tensor([len(ids) + first - 1 for _, first in words], dtype=torch.long, device=ids.device)
