@@ -329,6 +329,7 @@ class Shares:
                 samples.append(self.encoder.encode(example))
             except ValueError as error:
                 share.errors.append(str(error))
+        samples.sort(key=lambda sample: len(sample.ids))  # StreamAttention computes equal lengths together
         share.micro_batches = [self.encoder.stream(group) for group in grouped(samples, self.limit)]
         share.green = sum(int(sample.green.sum()) for sample in samples)
         share.tokens = sum(len(sample.ids) for sample in samples)
