@@ -279,10 +279,12 @@ def test_a_stream_holds_the_system_message_once_and_then_the_samples(tiny_tokeni
     assert not batch.green[: len(system)].any()
     assert len(batch.borders) == 5
     assert batch.borders[-1] == len(batch.ids) == len(batch.green)
-    pictures = []
-    for start, end, i in zip(batch.borders, batch.borders[1:], step.ids):
+    pictures, tokenized = [], []
+    for i in step.ids:
         example = steps.examples[int(i)]
-        ids, green = tokenize(tiny_tokenizer, example.turns, N_PATCHES if example.image else 0)
+        tokenized.append((*tokenize(tiny_tokenizer, example.turns, N_PATCHES if example.image else 0), example))
+    tokenized.sort(key=lambda one: len(one[0]))  # the stream holds the short samples first
+    for start, end, (ids, green, example) in zip(batch.borders, batch.borders[1:], tokenized):
         np.testing.assert_array_equal(batch.ids[start:end], ids[len(system) :])
         np.testing.assert_array_equal(batch.green[start:end], green[len(system) :])
         if example.image:
