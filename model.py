@@ -217,9 +217,9 @@ class StreamAttention:
         if not self.ends:
             self.ends = [to_device(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), q.device)
                          for lengths in (lengths_q, lengths_k)]  # fmt: skip
+        grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}  # PyTorch 2.11 does not know the flag
         return varlen_attn(q, k, v, *self.ends, max(lengths_q), max(lengths_k),
-                           window_size=(-1, 0),  # any distance to the left, none to the right
-                           enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
+                           window_size=(-1, 0), **grouped)  # any distance to the left, none to the right
 
 
 class KVCache:
