@@ -3,7 +3,7 @@
     python bench/growth.py        # prints the speeds; writes bench/growth.json and, with matplotlib, bench/growth.png
 
 The speed is the number of positions of a training step per second, of this project and of `transformers`, in fp32 and
-in bf16, in turn (see run.py). Then train.py runs on the demo, in one process with all cores and in one process per core.
+in bf16, in turn (see run.py). Then train.py runs on the demo, in one process with all cores and in one per core.
 """
 
 import json
