@@ -18,10 +18,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import checkpoint
-from common import ArgumentParser, UserError, append_lines, number, read_json, replacing, run_command, write_json
+from common import (
+    ArgumentParser,
+    UserError,
+    append_lines,
+    number,
+    progress_bar,
+    read_json,
+    replacing,
+    run_command,
+    write_json,
+)
 from conversation import TEMPLATE, answer_text, has_ended, tokenize
 from data import SCIENCEQA_PROMPT, Encoder, Example, scienceqa_question
 from distributed import by_process_0, gathered, processes
@@ -74,7 +83,7 @@ def answer_split(args: argparse.Namespace, problems: list[dict], rank: int, worl
     remaining = [batch for batch in batches if not answers.keys() >= {prompt.id for prompt in batch}]
     lines = []
     with autocast, torch.inference_mode():
-        for batch in tqdm(remaining[rank::world_size], unit="batch", disable=rank != 0):
+        for batch in progress_bar(remaining[rank::world_size], unit="batch"):
             try:
                 texts = ask(model, encoder, batch, args.max_new_tokens)
             except ValueError as error:
