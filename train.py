@@ -35,6 +35,7 @@ from common import (
     append_lines,
     is_process_0,
     number,
+    progress_bar,
     read_json,
     reason,
     replacing,
@@ -184,7 +185,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
                                                      args.vision, checkpoint.tokenizer_path(args.llama)))  # fmt: skip
 
     interrupt, failure, bad_samples, cut_samples, began = Interrupt(), None, 0, 0, time.time()
-    bar = tqdm(total=total, initial=start, unit="step", desc=f"stage {args.stage}", disable=rank != 0, smoothing=0.1)
+    bar = progress_bar(total=total, initial=start, unit="step", desc=f"stage {args.stage}", smoothing=0.1)
     for share in prefetched(shares, range(start, total), args.workers):
         # One exchange tells all processes what they must agree on.
         everyone = distributed.exchanged((share.green, share.tokens, share.cut, len(share.errors), bool(share.failure),

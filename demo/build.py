@@ -24,10 +24,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
-from tqdm import trange
 
 from checkpoint import load_vision, save_llama
-from common import ArgumentParser, replacing, run_command
+from common import ArgumentParser, progress_bar, replacing, run_command
 from conversation import IMAGE_ID, load_tokenizer, render, system_ids, tokenize
 from data import from_caption, from_scienceqa, options_line
 from demo import world
@@ -347,7 +346,7 @@ def train_lesson(llama: LLaMA, sp: SentencePieceProcessor, lesson: Lesson):
     shared = len(system_ids(sp)) if lesson.system else 0
     rng = random.Random(f"{lesson.name} {world.SEED}")
     accuracy = 0.0  # mean over about 20 steps
-    bar = trange(lesson.steps, desc=f"LLaMA, {lesson.name}", mininterval=2)
+    bar = progress_bar(range(lesson.steps), f"LLaMA, {lesson.name}")
     for step in bar:
         texts = [lesson.draw(sp, rng, step / lesson.steps) for _ in range(lesson.batch_size)]
         loss, right = loss_of_texts(llama, texts, shared, word_weights)
@@ -469,7 +468,7 @@ def train_vit(sp: SentencePieceProcessor) -> dict[str, torch.Tensor]:
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
     after_phrase = [sp.encode("top" + mark)[1] for mark in (",", " and", ".")]  # the token that follows a phrase
     mean_loss = None
-    bar = trange(VIT_STEPS, desc="ViT", mininterval=2)
+    bar = progress_bar(range(VIT_STEPS), "ViT")
     for step in bar:
         counts = (1,) if step < 0.1 * VIT_STEPS else (1, 2, 2, 3, 3)
         families = [neighbours(draw_scene(rng, counts=counts), FAMILY, rng) for _ in range(VIT_BATCH // FAMILY)]

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from checkpoint import build, load_llama, load_run, load_vision, open_run
-from common import ArgumentParser, UserError, is_process_0, read_json, run_command, write_json
+from common import ArgumentParser, UserError, is_process_0, progress_bar, read_json, run_command, write_json
 from conversation import IMAGE
 from data import REQUESTS, Encoder, Example
 from demo import world
@@ -234,7 +233,7 @@ def finish(args: argparse.Namespace):
     true = exam_prompts(args.name, held_out)
     swapped = exam_prompts(args.name, held_out, shift=1)
     answers = {"name": args.name}
-    with tqdm(total=3 * len(true), desc="exam", unit="answer") as bar, autocast:
+    with progress_bar(total=3 * len(true), desc="exam", unit="answer") as bar, autocast:
         for key, model, prompts in (("before", untrained, true), ("after", trained, true),
                                     ("swapped", trained, swapped)):  # fmt: skip
             answers[key] = []

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
-from common import ArgumentParser, UserError, is_process_0, run_command, write_error
+from common import ArgumentParser, UserError, is_process_0, progress_bar, run_command, write_error
 from conversation import IMAGE
 
 # A change of the world or of build.py needs a new RECIPE: the names of the backbones' files contain it.
@@ -393,7 +392,7 @@ def prepare(folder: Path | None = None):
     try:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "images").mkdir(parents=True)
-        with tqdm(total=total, desc="drawing the demo's data", mininterval=1) as bar:
+        with progress_bar(total=total, desc="drawing the demo's data") as bar:
             write_training_data(partial, rng, bar.update)
             write_held_out(partial, rng, bar.update)
             write_quiz(partial / "scienceqa", rng, bar.update)
