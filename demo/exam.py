@@ -220,9 +220,8 @@ def finish(args: argparse.Namespace):
     if not is_process_0():
         return
     if args.name == "scienceqa":
-        model = "" if args.out == Path("runs/scienceqa") else f" --model {args.out}"
-        print(f"to score it: python eval_scienceqa.py{model}")
         return
+    print(f"the exam: {world.EXAM[args.name]}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained, sp, config, autocast = open_run(args.out, device, "torchrun train.py")
     dtype = torch.bfloat16 if config["precision"] == "bf16" else torch.float32
