@@ -23,6 +23,7 @@ class UserError(Exception):
 
 def run_command(main: Callable[[], None]):
     """Runs the `main` of a command line: a UserError prints its line, Ctrl-C and `| head` nothing, none a traceback."""
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # logs and pipes get each line at once
     try:
         main()
         sys.stdout.flush()
