@@ -1,7 +1,14 @@
 """Talk to a trained model about a picture, or without one, in the terminal.
 
-    python chat.py --image PICTURE                             # asks runs/chat
+    python chat.py --image PICTURE                             # runs/chat; if it is absent, the demo's chatbot
     python chat.py --image PICTURE --prompt "What is this?"    # prints one answer on stdout
+    python chat.py --questions questions.jsonl --images images.zip --answers answers.jsonl
+
+From Python:
+
+    chat = Chat("runs/chat")
+    chat.look("picture.png")
+    print(chat.ask("What is this?"))
 
 Each question is asked with the whole conversation before it, in the template that the run was trained with.
 """
@@ -17,17 +24,18 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from common import ArgumentParser, UserError, number, printable, run_command, write_json
+from common import ArgumentParser, UserError, is_process_0, number, printable, run_command, write_json
 from conversation import IMAGE, TEMPLATE, answer_text, has_ended, tokenize
 from vision import load_pixels
 
+RUN = Path("runs/chat")
 TRAINED_BY = "torchrun train.py --stage 2"
 HELP = """\
 /image FILE   start again, about this picture (without FILE: about none)
 /reset        start again, about the same picture
 /save FILE    write the conversation as LLaVA's JSON
 /help         print this
-/quit         end (also Ctrl-D); Ctrl-C stops an answer"""
+/quit         end (also exit, quit and Ctrl-D); Ctrl-C stops an answer"""
 
 
 class Chat:
@@ -40,20 +48,33 @@ class Chat:
         self.sampling = max_new_tokens, temperature, top_p, seed
         opened = checkpoint.open_run(run, self.device, TRAINED_BY, template=TEMPLATE)
         self.model, self.sp, config, self.autocast = opened
-        settings = config.get("settings", {})
-        self.max_length = settings.get("max_length", 2048)
-        task = "captions (stage 1)" if config["stage"] == 1 else settings.get("task", "an unknown task")
-        if task != "chat":
-            inform(f"{run} was trained for {task}, not for conversations; train one with: {TRAINED_BY}")
+        self.settings = config.get("settings", {})
+        self.max_length = self.settings.get("max_length", 2048)
+        self.task = "captions (stage 1)" if config["stage"] == 1 else self.settings.get("task", "an unknown task")
+        if self.task != "chat":
+            inform(f"{run} was trained for {self.task}, not for conversations; train one with: {TRAINED_BY}")
         self.look(None)
 
-    def look(self, path: Path | None):
+    def topics(self) -> str:
+        """What the model can be asked, in a line or two."""
+        if self.settings.get("demo"):
+            from demo.world import TOPICS
+
+            return TOPICS[self.settings["task"]]
+        data = [Path(path).name for path in self.settings.get("data", ["unknown data"])]
+        return f"The model was trained for {self.task} on {', '.join(data)}; ask what these ask."
+
+    def look(self, path: str | Path | None):
         """Starts again, about this picture. Raises UserError if it cannot be read; then nothing changes."""
-        size = self.model.vision.config.image_size
+        size, path = self.model.vision.config.image_size, Path(path) if path else None
         pixels = load_pixels(path, size) if path else torch.empty(0, 3, size, size, dtype=torch.uint8)
         self.path, self.pixels, self.turns = path, pixels, []
 
-    def ask(self, question: str) -> Iterator[str]:
+    def ask(self, question: str) -> str:
+        """The answer. Question and answer join the conversation."""
+        return "".join(self.stream(question))
+
+    def stream(self, question: str) -> Iterator[str]:
         """Yields the answer piece by piece. If the caller stops early, the answer so far joins the conversation."""
         turns = [*self.turns, question]
         if self.path and not self.turns:
@@ -84,8 +105,8 @@ class Chat:
         """Writes the conversation in the format that train.py and the original read."""
         if not self.turns:
             raise UserError("the conversation has no turn yet")
-        if path.exists():
-            raise UserError(f"{path}: exists; name another file")
+        if path.exists() or not path.parent.is_dir():
+            raise UserError(f"{path}: {'exists' if path.exists() else 'its folder does not exist'}; name another file")
         messages = [{"from": who, "value": text} for who, text in zip(("human", "gpt") * len(self.turns), self.turns)]
         image = {"image": self.path.name} if self.path else {}
         write_json(path, [{"id": path.stem, **image, "conversations": messages}])
@@ -97,7 +118,7 @@ def inform(text: str):
 
 
 def print_answer(chat: Chat, question: str):
-    for piece in chat.ask(question):
+    for piece in chat.stream(question):
         print(piece, end="", flush=True)
     print(flush=True)
 
@@ -106,13 +127,15 @@ def obey(chat: Chat, line: str):
     """Carries out a line `/command [FILE]`."""
     command, _, name = line.partition(" ")
     path = Path(os.path.expanduser(name.strip().strip("'\""))) if name.strip() else None
-    if command == "/save" and path:
+    if command == "/save":
+        if path is None:
+            raise UserError("/save FILE: name the file to write, such as /save chat.json")
         chat.save(path)
     elif command in ("/image", "/reset"):
         chat.look(path if command == "/image" else chat.path)
         inform(f"started again, about {chat.path or 'no picture'}")
     else:
-        inform(HELP if command == "/help" else f"{line}: unknown command, or its FILE is missing\n{HELP}")
+        inform(HELP if command == "/help" else f"{line}: unknown command\n{HELP}")
 
 
 def talk(chat: Chat):
@@ -121,7 +144,7 @@ def talk(chat: Chat):
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
-            if line == "/quit":
+            if line in ("/quit", "exit", "quit"):
                 break
             if line.startswith("/"):
                 obey(chat, line)
@@ -138,8 +161,10 @@ def talk(chat: Chat):
 def add_arguments(parser: argparse.ArgumentParser):
     """The flags that `open_chat` reads."""
     add = parser.add_argument
-    add("--model", type=Path, metavar="RUN", default=Path("runs/chat"), help="a run directory of stage 2")
-    add("--image", type=Path, metavar="FILE", help="the picture to talk about (default: none)")
+    add("--model", type=Path, metavar="RUN", help=f"a run directory (default: {RUN}, or if it is absent the chatbot "
+        "in demo/)")  # fmt: skip
+    add("--image", type=Path, metavar="FILE", help="the picture to talk about (default: none; a scene for the demo's "
+        "models)")  # fmt: skip
     add("--temperature", type=number(0.0, 100.0), default=0.0, help="0 = always the most likely token; 1 = the "
         "model's distribution")  # fmt: skip
     add("--top-p", type=number(1e-9, 1.0), default=1.0, help="sample among the most likely tokens of this probability; "
@@ -148,22 +173,53 @@ def add_arguments(parser: argparse.ArgumentParser):
     add("--seed", type=number(0), default=0, help="of the sampling, if --temperature is not 0")
 
 
+def default_run() -> Path:
+    """runs/chat, or the demo's chatbot, which comes with the repository."""
+    from demo.world import CHAT
+
+    if RUN.exists() or not CHAT.exists():
+        return RUN
+    shipped = Path(os.path.relpath(CHAT))
+    if is_process_0():
+        inform(f"{RUN} is absent: this is {shipped}, trained on the demo before; to train one: {TRAINED_BY}")
+    return shipped
+
+
 def open_chat(args: argparse.Namespace) -> Chat:
-    chat = Chat(args.model, args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    """Loads the run, and the picture: without --image, a scene if the run is the demo's."""
+    from demo.world import SCENE
+
+    run = args.model or default_run()
+    inform(f"loading {run}")
+    chat = Chat(run, args.max_new_tokens, args.temperature, args.top_p, args.seed)
     chat.look(args.image)
+    if args.image is None and chat.settings.get("demo") and SCENE.exists():
+        chat.look(SCENE)
+        inform(f"about {os.path.relpath(SCENE)}; --image FILE shows another picture")
     return chat
 
 
 def main():
     parser = ArgumentParser(__doc__)
     add_arguments(parser)
-    parser.add_argument("--prompt", metavar="TEXT", help="print the answer to this and end (default: talk)")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--prompt", metavar="TEXT", help="print the answer to this and end (default: talk)")
+    add("--questions", type=Path, metavar="FILE", help='answer all {"question_id", "image", "text"} of this file')
+    add = parser.add_argument_group("with --questions").add_argument
+    add("--answers", type=Path, metavar="FILE", help="the file of answers to write, or to complete")
+    add("--images", type=Path, metavar="PATH", help="folder or zip that holds the questions' pictures")
+    add("--batch-size", type=number(1), default=32, help="questions that a process answers at once")
     args = parser.parse_args()
+    if args.questions:
+        from tools.answer import answer_questions
+
+        answer_questions(args, args.model or default_run())
+        return
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # no byte typed or printed ends the chat
     chat = open_chat(args)
     if args.prompt is None:
-        inform(f"{args.model}, about {args.image or 'no picture'}; /help lists the commands")
+        inform(f"{chat.topics()}\n/help lists the commands")
         talk(chat)
     else:
         print_answer(chat, args.prompt)

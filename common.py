@@ -1,4 +1,4 @@
-"""Errors that end in one line, and files that appear complete or not at all."""
+"""Errors that end in one line, bars of progress, and files that appear complete or not at all."""
 
 import argparse
 import contextlib
@@ -12,6 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tqdm import tqdm
+
+LOG_SECONDS = 5  # between two lines of a bar in a log
+
 
 class UserError(Exception):
     """A user's mistake, in one line: the value found, the value expected, and the remedy."""
@@ -19,6 +23,7 @@ class UserError(Exception):
 
 def run_command(main: Callable[[], None]):
     """Runs the `main` of a command line: a UserError prints its line, Ctrl-C and `| head` nothing, none a traceback."""
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # logs and pipes get each line at once
     try:
         main()
         sys.stdout.flush()
@@ -69,6 +74,27 @@ def number(least: float, most: float = 2**63 - 1) -> Callable[[str], float]:
         raise argparse.ArgumentTypeError(f"{text}: expected a {'whole ' * (kind is int)}number {limits}")
 
     return parse
+
+
+# --- progress
+
+
+class LogFile:
+    """stderr, for tqdm: each state of a bar becomes a line of its own."""
+
+    def write(self, text: str):
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def progress_bar(*arguments, **settings) -> tqdm:
+    """tqdm's bar, in process 0 only. Where stderr is a file or a pipe, it prints a line every few seconds instead."""
+    if not sys.stderr.isatty():
+        settings |= dict(file=LogFile(), mininterval=LOG_SECONDS)
+    return tqdm(*arguments, disable=not is_process_0(), **settings)
 
 
 # --- text of files and models, for the terminal

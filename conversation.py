@@ -188,7 +188,7 @@ def main():
     picture = f"picture {example.image}" if example.image else "no picture"
     print(printable(f"sample {example.id}, {picture}") + "\n")
     ids, green = tokenize(sp, example.turns, args.patches if example.image else 0)
-    print(show(sp, ids, green, colour="NO_COLOR" not in os.environ))
+    print(show(sp, ids, green, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
 
 
 if __name__ == "__main__":

@@ -27,9 +27,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from sentencepiece import SentencePieceProcessor
-from tqdm import tqdm
 
-from common import UserError, is_process_0, printable, shorten
+from common import UserError, printable, progress_bar, shorten
 from conversation import IMAGE, IMAGE_ID, split_at_picture, system_ids, tokenize
 from formats.pictures import Pictures, check_inside, open_picture
 from formats.records import LETTERS, read_records, read_scienceqa
@@ -129,7 +128,7 @@ def check_records(path: Path, records: list[dict]) -> str:
     """The kind of the records, a key of KINDS. Raises UserError for the first that is faulty."""
     kind = "LLaVA conversations" if "conversations" in records[0] else "captions"
     rng = random.Random(0)
-    bar = tqdm(records, f"checking {path.name}", delay=1, leave=False, disable=not is_process_0())
+    bar = progress_bar(records, f"checking {path.name}", delay=1, leave=False)
     for i, record in enumerate(bar):
         try:
             KINDS[kind](record, rng)

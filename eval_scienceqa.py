@@ -14,14 +14,24 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import checkpoint
-from common import ArgumentParser, UserError, append_lines, number, read_json, replacing, run_command, write_json
+from common import (
+    ArgumentParser,
+    UserError,
+    append_lines,
+    number,
+    progress_bar,
+    read_json,
+    replacing,
+    run_command,
+    write_json,
+)
 from conversation import TEMPLATE, answer_text, has_ended, tokenize
 from data import SCIENCEQA_PROMPT, Encoder, Example, scienceqa_question
 from distributed import by_process_0, gathered, processes
@@ -41,21 +51,49 @@ TRAINED_BY = "torchrun train.py --stage 2 --task scienceqa"
 # --- answers, in an evaluation that may be interrupted
 
 
-def ask(model: LLaVA, encoder: Encoder, prompts: list[Example], max_new_tokens: int) -> list[str]:
-    """The model's greedy answers to one batch of prompts, each of which ends with a human's turn."""
+def ask(model: LLaVA, encoder: Encoder, prompts: list[Example], *sampling) -> list[str]:
+    """The answers to one batch of prompts, each of which ends with a human's turn. sampling: as in `generate`."""
     batch = encoder.stream([encoder.encode(prompt) for prompt in prompts])
     ids, _, borders, pixels = batch.to(model.projector.weight.device)
-    *_, answers = model.generate(ids, borders, pixels, partial(has_ended, encoder.sp), max_new_tokens)
+    *_, answers = model.generate(ids, borders, pixels, partial(has_ended, encoder.sp), *sampling)
     return [answer_text(encoder.sp, answer) for answer in answers]
+
+
+def answer_all(answers: dict[str, str], prompts: list[Example], keep: Callable[[dict[str, str]], object],
+               batch_size: int, rank: int, world_size: int, model: LLaVA, encoder: Encoder, *sampling):  # fmt: skip
+    """Adds the model's answers to `answers`, {id: text}, which may hold some from before. All processes take part.
+
+    The prompts are cut into the same batches whatever the number of processes, so the answers do not depend on it.
+    keep: stores the answers of a batch, so that an interrupted run can continue.
+    """
+    # Similar lengths together, the longest first: a lack of memory shows at once.
+    prompts = sorted(prompts, key=lambda p: len(tokenize(encoder.sp, p.turns, encoder.n_patches if p.image else 0)[0]),
+                     reverse=True)  # fmt: skip
+    batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+    if answers and rank == 0:
+        print(f"{len(answers)} of {len(prompts)} questions were answered before; continuing with the others")
+    remaining = [batch for batch in batches if not answers.keys() >= {prompt.id for prompt in batch}]
+    own: dict[str, str] = {}
+    for batch in progress_bar(remaining[rank::world_size], "answering", unit="batch"):
+        try:
+            texts = ask(model, encoder, batch, *sampling)
+        except ValueError as error:
+            raise UserError(f"{error}; download it again, or correct its path") from None
+        new = {prompt.id: text for prompt, text in zip(batch, texts)}
+        keep(new)
+        own |= new
+    for part in gathered([json.dumps(own)]):
+        answers |= json.loads(part)
 
 
 def answer_split(args: argparse.Namespace, problems: list[dict], rank: int, world_size: int,
                  device: torch.device) -> tuple[dict[str, str], str]:  # fmt: skip
     """The model's answers {id: text}, and a description of the model. All processes take part.
 
-    The split is cut into the same batches whatever the number of processes, so the answers do not depend on it. Each
-    batch adds a line [key, {id: text}] to args.partial, from which an interrupted evaluation continues.
+    Each batch adds a line [key, {id: text}] to args.partial, from which an interrupted evaluation continues.
     """
+    if rank == 0:
+        print(f"loading {args.model}")
     expected = dict(template=TEMPLATE, prompt=SCIENCEQA_PROMPT, stage=2)
     model, sp, config, autocast = checkpoint.open_run(args.model, device, TRAINED_BY, **expected)
     task = config.get("settings", {}).get("task", "an unknown task")
@@ -63,26 +101,11 @@ def answer_split(args: argparse.Namespace, problems: list[dict], rank: int, worl
         print(f"{args.model} was trained for {task}, not for ScienceQA; train one with: {TRAINED_BY}")
     encoder = Encoder(sp, model.vision.config.n_patches, model.vision.config.image_size, Pictures(args.data))
     prompts = [Example(p["id"], [scienceqa_question(p)], p["image_path"]) for p in problems]
-    # Similar lengths together, the longest first: a lack of memory shows at once.
-    prompts.sort(key=lambda p: len(tokenize(sp, p.turns, encoder.n_patches if p.image else 0)[0]), reverse=True)
-    batches = [prompts[i : i + args.batch_size] for i in range(0, len(prompts), args.batch_size)]
-
     key = partial_key(args, prompts)
     answers = by_process_0(lambda: earlier_answers(args.partial, key))
-    if answers and rank == 0:
-        print(f"{len(answers)} of {len(problems)} questions were answered before; continuing with the others")
-    remaining = [batch for batch in batches if not answers.keys() >= {prompt.id for prompt in batch}]
-    lines = []
-    with autocast, torch.inference_mode():
-        for batch in tqdm(remaining[rank::world_size], unit="batch", disable=rank != 0):
-            try:
-                texts = ask(model, encoder, batch, args.max_new_tokens)
-            except ValueError as error:
-                raise UserError(f"{args.data}: {error}; download it again") from None
-            lines.append(json.dumps([key, {prompt.id: text for prompt, text in zip(batch, texts)}]))
-            append_lines(args.partial, lines[-1:])
-    for line in gathered(lines):
-        answers |= json.loads(line)[1]
+    with autocast:
+        answer_all(answers, prompts, lambda new: append_lines(args.partial, [json.dumps([key, new])]), args.batch_size,
+                   rank, world_size, model, encoder, args.max_new_tokens)  # fmt: skip
     return answers, (f"{args.model}, trained for {task}: {TEMPLATE}, {SCIENCEQA_PROMPT}, ViT layer "
                      f"{model.vision.feature_layer}, pictures of {encoder.image_size} px")  # fmt: skip
 

@@ -35,6 +35,7 @@ from common import (
     append_lines,
     is_process_0,
     number,
+    progress_bar,
     read_json,
     reason,
     replacing,
@@ -53,6 +54,11 @@ PAPER = {  # section 4.2: the settings of each run of the paper
     "stage1": dict(epochs=1, batch_size=128, lr=2e-3, sampling="proportional"),
     "chat": dict(epochs=3, batch_size=32, lr=2e-5, sampling="uniform"),
     "scienceqa": dict(epochs=12, batch_size=32, lr=2e-5, sampling="proportional"),
+}
+NEXT = {  # the command to give after a run
+    "stage1": "torchrun train.py --stage 2 --init-from {out}",
+    "chat": "python chat.py --model {out}",
+    "scienceqa": "python eval_scienceqa.py --model {out}",
 }
 MAX_GRAD_NORM = 1.0
 MAY_CHANGE = {  # flags that may differ when a run continues; what the paths of the inputs hold is compared instead
@@ -146,14 +152,13 @@ def fault_in(share: Share, green: int, bad: int, failed: int, allowed: int) -> s
     return None
 
 
-def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.device):
-    say = print if rank == 0 else lambda *_: None
-    earlier = by_process_0(lambda: claim(args.out))
+def train(args: argparse.Namespace, earlier: dict, rank: int, world_size: int, device: torch.device):
+    say = tqdm.write if rank == 0 else lambda *_: None  # unlike print, it does not write into the bar
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
 
     # The data, and the model of which the stage trains a part.
     examples, pictures = open_examples(args)
-    say("\n".join(examples.describe(args.sampling)))
+    say("\n".join([*examples.describe(args.sampling), "loading the model"]))
     model = starting_model(args, dtype)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{trained:,} parameters train, the others are frozen; {args.precision} on {world_size} x {device.type}")
@@ -177,6 +182,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
 
     def save(for_use: bool):
         """Saves the state after step t and, for use by evaluation and chat, the parameters that train."""
+        say(f"{args.out}: saving step {t}")
         full = distributed.full_state(net, optimizer)
         by_process_0(lambda: checkpoint.save_state(args.out, full, t))
         if for_use:
@@ -184,7 +190,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
                                                      args.vision, checkpoint.tokenizer_path(args.llama)))  # fmt: skip
 
     interrupt, failure, bad_samples, cut_samples, began = Interrupt(), None, 0, 0, time.time()
-    bar = tqdm(total=total, initial=start, unit="step", desc=f"stage {args.stage}", disable=rank != 0, smoothing=0.1)
+    bar = progress_bar(total=total, initial=start, unit="step", desc=f"stage {args.stage}", smoothing=0.1)
     for share in prefetched(shares, range(start, total), args.workers):
         # One exchange tells all processes what they must agree on.
         everyone = distributed.exchanged((share.green, share.tokens, share.cut, len(share.errors), bool(share.failure),
@@ -445,18 +451,25 @@ def run(args: argparse.Namespace, rank: int, world_size: int, device: torch.devi
         _, args.llama, args.vision = checkpoint.read_run(args.init_from)
     if args.precision is None:
         args.precision = distributed.default_precision(device, checkpoint.llama_config(args.llama).dim)
+    earlier = by_process_0(lambda: claim(args.out))
     try:
-        train(args, rank, world_size, device)
+        train(args, earlier, rank, world_size, device)
     finally:
         with contextlib.suppress(Exception):  # the run succeeds even if its curves cannot be drawn
             from tools.plots import loss_curves
 
-            if rank == 0:
+            if rank == 0 and (args.out / "config.json").exists():
                 loss_curves(args.out)
+            elif rank == 0:  # refused before it began
+                (args.out / ".lock").unlink()
+                args.out.rmdir()
     if args.demo:
         from demo.exam import finish
 
         finish(args)
+    if rank == 0:
+        more = "" if args.demo or args.name == "chat" else " --data ..."
+        print(f"next: {NEXT[args.name].format(out=args.out)}{more}")
 
 
 def main():

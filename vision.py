@@ -65,10 +65,10 @@ def preprocess(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1).copy()  # (3, size, size)
 
 
-def load_pixels(path: Path, size: int) -> torch.Tensor:
+def load_pixels(path: str | Path, size: int) -> torch.Tensor:
     """The pixels (1, 3, size, size) uint8 of a picture that the user names. Raises UserError."""
     try:
-        return torch.from_numpy(preprocess(open_picture(path.read_bytes()), size)[None])
+        return torch.from_numpy(preprocess(open_picture(Path(path).read_bytes()), size)[None])
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 

@@ -4,8 +4,9 @@ The LLaMA learns from text alone. In the place of a picture its texts describe t
 look things up there. The ViT learns from pictures and captions by contrast, as CLIP does. They train separately: only
 stage 1 connects them, by W.
 
-    python -m demo.build                  # replaces the backbones beside this file
+    python -m demo.build                     # replaces the backbones beside this file
     python -m demo.build --out DIR
+    python -m demo.build --chat runs/chat    # builds nothing: copies a finished chatbot, and draws a scene to show it
 """
 
 import functools
@@ -24,10 +25,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
-from tqdm import trange
 
-from checkpoint import load_vision, save_llama
-from common import ArgumentParser, replacing, run_command
+from checkpoint import load_run, load_vision, save_llama, save_run
+from common import ArgumentParser, UserError, progress_bar, replacing, run_command
 from conversation import IMAGE_ID, load_tokenizer, render, system_ids, tokenize
 from data import from_caption, from_scienceqa, options_line
 from demo import world
@@ -347,7 +347,7 @@ def train_lesson(llama: LLaMA, sp: SentencePieceProcessor, lesson: Lesson):
     shared = len(system_ids(sp)) if lesson.system else 0
     rng = random.Random(f"{lesson.name} {world.SEED}")
     accuracy = 0.0  # mean over about 20 steps
-    bar = trange(lesson.steps, desc=f"LLaMA, {lesson.name}", mininterval=2)
+    bar = progress_bar(range(lesson.steps), f"LLaMA, {lesson.name}")
     for step in bar:
         texts = [lesson.draw(sp, rng, step / lesson.steps) for _ in range(lesson.batch_size)]
         loss, right = loss_of_texts(llama, texts, shared, word_weights)
@@ -469,7 +469,7 @@ def train_vit(sp: SentencePieceProcessor) -> dict[str, torch.Tensor]:
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
     after_phrase = [sp.encode("top" + mark)[1] for mark in (",", " and", ".")]  # the token that follows a phrase
     mean_loss = None
-    bar = trange(VIT_STEPS, desc="ViT", mininterval=2)
+    bar = progress_bar(range(VIT_STEPS), "ViT")
     for step in bar:
         counts = (1,) if step < 0.1 * VIT_STEPS else (1, 2, 2, 3, 3)
         families = [neighbours(draw_scene(rng, counts=counts), FAMILY, rng) for _ in range(VIT_BATCH // FAMILY)]
@@ -531,10 +531,27 @@ def build(folder: Path):
     print("linear probe of single patches, layer -2:", ", ".join(f"{k} {100 * v:.1f} %" for k, v in shares.items()))
 
 
+def keep_chat(run: Path, folder: Path):
+    """Copies a finished chatbot of the demo to `folder`/chat, with fp16 weights, and draws `folder`/scene.png."""
+    model, _, config = load_run(run, torch.float16, trained_by="torchrun train.py --stage 2", stage=2)
+    if not config["settings"].get("demo"):
+        raise UserError(f"{run}: not a run of the demo; train one with: torchrun train.py --stage 2")
+    trained = {name: p.detach().half() for name, p in model.named_parameters() if not name.startswith("vision.")}
+    save_run(folder / world.CHAT.name, model.llama.config, trained, config, world.VISION, run / "tokenizer.model")
+    rng = random.Random("scene 3685")  # three things without a common colour or shape
+    with replacing(folder / world.SCENE.name) as file:
+        world.draw_picture(draw_scene(rng, held_out=True, counts=(3,)), rng).save(file, "PNG")
+
+
 def main():
     parser = ArgumentParser(__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, metavar="DIR", help="where to write them")
-    build(parser.parse_args().out)
+    parser.add_argument("--chat", type=Path, metavar="RUN", help="a finished chatbot to copy; then nothing is built")
+    args = parser.parse_args()
+    if args.chat:
+        keep_chat(args.chat, args.out)
+    else:
+        build(args.out)
 
 
 if __name__ == "__main__":

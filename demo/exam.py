@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from checkpoint import build, load_llama, load_run, load_vision, open_run
-from common import ArgumentParser, UserError, is_process_0, read_json, run_command, write_json
+from common import ArgumentParser, UserError, is_process_0, progress_bar, read_json, run_command, write_json
 from conversation import IMAGE
 from data import REQUESTS, Encoder, Example
 from demo import world
@@ -221,9 +220,8 @@ def finish(args: argparse.Namespace):
     if not is_process_0():
         return
     if args.name == "scienceqa":
-        model = "" if args.out == Path("runs/scienceqa") else f" --model {args.out}"
-        print(f"to score it: python eval_scienceqa.py{model}")
         return
+    print(f"the exam: {world.EXAM[args.name]}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained, sp, config, autocast = open_run(args.out, device, "torchrun train.py")
     dtype = torch.bfloat16 if config["precision"] == "bf16" else torch.float32
@@ -234,7 +232,7 @@ def finish(args: argparse.Namespace):
     true = exam_prompts(args.name, held_out)
     swapped = exam_prompts(args.name, held_out, shift=1)
     answers = {"name": args.name}
-    with tqdm(total=3 * len(true), desc="exam", unit="answer") as bar, autocast:
+    with progress_bar(total=3 * len(true), desc="exam", unit="answer") as bar, autocast:
         for key, model, prompts in (("before", untrained, true), ("after", trained, true),
                                     ("swapped", trained, swapped)):  # fmt: skip
             answers[key] = []

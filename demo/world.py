@@ -17,15 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
-from common import ArgumentParser, UserError, is_process_0, run_command, write_error
+from common import ArgumentParser, UserError, is_process_0, progress_bar, run_command, write_error
 from conversation import IMAGE
 
 # A change of the world or of build.py needs a new RECIPE: the names of the backbones' files contain it.
 RECIPE, SEED = "scenes4", 1
 LLAMA = Path(__file__).parent / f"llama-{RECIPE}-seed{SEED}"
 VISION = Path(__file__).parent / f"vit-{RECIPE}-seed{SEED}.pt"
+CHAT = Path(__file__).parent / "chat"  # a chatbot that the demo's commands trained; build.py copies it
+SCENE = Path(__file__).parent / "scene.png"  # a held-out scene, which chat.py shows
 FOLDER = Path(__file__).parent.parent / "runs" / "demo"  # the data
 
 CAPTIONED, HELD_OUT = 6400, 150  # pictures
@@ -34,6 +35,11 @@ SETTINGS = {  # override the paper's: this model is ten thousand times smaller a
     "stage1": dict(epochs=3, batch_size=32, lr=5e-2),
     "chat": dict(epochs=1, lr=1e-3),
     "scienceqa": dict(epochs=2, lr=1e-3),
+}
+
+EXAM = {  # what train.py prints after a run, by the run's name; exam.py computes it
+    "stage1": f"the untrained and the trained W caption {HELD_OUT} scenes that no training data shows",
+    "chat": f"the model before and after the training answers questions about {HELD_OUT} scenes that no training shows",
 }
 
 SIZES = ("big", "small")
@@ -50,6 +56,15 @@ OVERSAMPLING = 4  # pictures are drawn larger by this factor, then averaged down
 RADIUS = {"big": 6.8, "small": 4.5}  # pixels
 RGB = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 70, 220), "yellow": (240, 210, 30),
        "purple": (150, 50, 170), "black": (25, 25, 25)}  # fmt: skip
+
+# What the demo's models can be asked, by the --task of train.py; stage 1 has none.
+KNOWN = "It knows big and small circles, squares, triangles and crosses in red, green, blue, yellow, purple and black."
+TOPICS = {
+    None: f"{KNOWN}\nWhatever it is asked, it writes a caption.",
+    "chat": f"{KNOWN}\nAsk: What is at the right? Where is the red cross? How many things are there? "
+            "Describe the picture in detail.",
+    "scienceqa": "It answers the questions of the demo's quiz, which eval_scienceqa.py asks.",
+}  # fmt: skip
 
 SUBJECTS = ("natural science", "social science", "language science")
 CLASSES = {"dog": "mammal", "whale": "mammal", "horse": "mammal", "bat": "mammal", "eagle": "bird", "owl": "bird",
@@ -393,7 +408,7 @@ def prepare(folder: Path | None = None):
     try:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "images").mkdir(parents=True)
-        with tqdm(total=total, desc="drawing the demo's data", mininterval=1) as bar:
+        with progress_bar(total=total, desc="drawing the demo's data") as bar:
             write_training_data(partial, rng, bar.update)
             write_held_out(partial, rng, bar.update)
             write_quiz(partial / "scienceqa", rng, bar.update)
@@ -481,6 +496,8 @@ def begin(args: argparse.Namespace):
         flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in overridden.items())
         print(f"demo: {flags} override the paper's settings, which are for a larger model")
     by_process_0(prepare)
+    if args.name in EXAM and is_process_0():
+        print(f"demo: after the last step, {EXAM[args.name]}")
 
 
 def main():

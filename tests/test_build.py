@@ -11,7 +11,9 @@ import torch
 
 import checkpoint
 import data
+from common import UserError
 from conversation import IMAGE_ID, answer_text, has_ended, load_tokenizer, system_ids
+from formats.pictures import open_picture
 from formats.tensors import load_weights
 from demo import build, world
 from demo.exam import mean_caption_score
@@ -176,3 +178,21 @@ def test_build_writes_folders_that_load(sp, monkeypatch, tmp_path):
     assert {p.dtype for p in checkpoint.load_llama(llama, None).parameters()} == {torch.float16}
     assert checkpoint.load_vision(vision).config == build.VISION_CONFIG
     checkpoint.open_tokenizer(llama / "tokenizer.model", build.LLAMA_CONFIG)
+
+
+def test_a_finished_chatbot_is_copied_in_half_the_bits(sp, untrained, tmp_path):
+    """The copy answers like the run, and its size is that of the LLaMA in fp16."""
+    weights = {name: p.detach() for name, p in untrained.named_parameters() if not name.startswith("vision.")}
+    config = dict(stage=2, template="vicuna_v0", precision="fp32", feature_layer=-2, settings={"task": "chat"})
+    save = (untrained.llama.config, weights, config, world.VISION, world.LLAMA / "tokenizer.model")
+    checkpoint.save_run(tmp_path / "run", *save)
+    with pytest.raises(UserError, match="not a run of the demo"):
+        build.keep_chat(tmp_path / "run", tmp_path)
+    config["settings"]["demo"] = True
+    checkpoint.save_run(tmp_path / "run", *save)
+    build.keep_chat(tmp_path / "run", tmp_path)
+    copy, _, copied = checkpoint.load_run(tmp_path / "chat")
+    assert copied == config and sum(path.stat().st_size for path in (tmp_path / "chat").iterdir()) < 2.5e6
+    for name, p in copy.named_parameters():
+        assert name.startswith("vision.") or torch.equal(p, weights[name].half().float()), name
+    assert open_picture((tmp_path / "scene.png").read_bytes()).size == (world.PIXELS, world.PIXELS)

@@ -24,6 +24,7 @@ import chat
 from common import UserError, printable
 from conversation import answer_text, has_ended, tokenize
 from data import Examples
+from demo import world
 from formats.pictures import open_picture
 from vision import preprocess
 
@@ -71,7 +72,7 @@ def test_pieces_are_complete_characters_and_never_stop(talker):
     text = " Grüße, 日本 🙂 # two ## C# ok"
     assert any(talker.sp.is_byte(token) for token in talker.sp.encode(text))
     script(talker, text + "\n###")
-    pieces = list(talker.ask("Hi"))
+    pieces = list(talker.stream("Hi"))
     assert "".join(pieces) == text.strip() == talker.turns[1] and len(pieces) > 10
     assert not any("\ufffd" in piece or "###" in piece for piece in pieces)
 
@@ -82,37 +83,37 @@ def test_stop_is_not_shown_however_it_is_spelled(talker, end):
     ids = [sp.piece_to_id(piece) for piece in end]
     assert sp.unk_id() not in ids
     script(talker, " A cat.\n", *ids, *sp.encode(" Human: more"))
-    assert "".join(talker.ask("Hi")) == "A cat." == talker.turns[1]
+    assert talker.ask("Hi") == "A cat." == talker.turns[1]
 
 
 def test_eos_ends_an_answer(talker, monkeypatch):
     """So do models end that were trained with the template of Vicuna 1.1."""
     tokens = iter([*talker.sp.encode(" A cat."), talker.sp.eos_id(), *talker.sp.encode(" USER: more")])
     monkeypatch.setattr("model.choose", lambda *_: [next(tokens)])
-    assert "".join(talker.ask("Hi")) == "A cat." == talker.turns[1]
+    assert talker.ask("Hi") == "A cat." == talker.turns[1]
 
 
 def test_an_answer_that_is_cut_is_shown_to_its_end(talker):
     script(talker, " it is C##")  # `##` could have been the start of <STOP>, so it was held back
-    assert "".join(talker.ask("Hi")) == "it is C##" == talker.turns[1]
+    assert talker.ask("Hi") == "it is C##" == talker.turns[1]
 
 
 def test_control_characters_do_not_reach_the_terminal(talker):
     script(talker, " a\x1b[31m\x07\tb\nc")
-    assert "".join(talker.ask("Hi")) == "a\ufffd[31m\ufffd\tb\nc"
+    assert talker.ask("Hi") == "a\ufffd[31m\ufffd\tb\nc"
 
 
 def test_interrupted_answers_join_the_conversation(talker):
     script(talker, " The answer is", then=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
-        list(talker.ask("Hi"))
+        talker.ask("Hi")
     assert talker.turns == ["Hi", "The answer is"]
     script(talker, "", then=KeyboardInterrupt)  # before the first word: the question is dropped
     with pytest.raises(KeyboardInterrupt):
-        list(talker.ask("And?"))
+        talker.ask("And?")
     assert talker.turns == ["Hi", "The answer is"]
     script(talker, " red blue red blue")
-    for _ in talker.ask("So?"):  # the caller stops
+    for _ in talker.stream("So?"):  # the caller stops
         break
     assert talker.turns[2] == "So?" and len(talker.turns) == 4
 
@@ -128,7 +129,7 @@ def test_an_answer_may_continue_in_another_thread(talker):
             yield [tokens[: i + 1]]
 
     talker.model.generate = generate
-    answer, pieces = talker.ask("Hi"), []
+    answer, pieces = talker.stream("Hi"), []
 
     def take_one():
         pieces.append(next(answer, None))
@@ -152,28 +153,28 @@ def test_each_question_is_asked_with_the_conversation_before_it(talker, picture)
         for question in ("Which thing is red?", "Where <image> is it? ### Human:", "Which one?"):
             turns.append(question if turns else mark + question)
             answer = whole_answer(talker, turns, pixels if path else None)
-            assert "".join(talker.ask(question)) == answer != ""
+            assert talker.ask(question) == answer != ""
             turns.append(answer)
             assert talker.turns == turns
 
 
 def test_the_picture_and_the_seed_change_the_answer(talker, picture, run):  # noqa: F811
-    without = "".join(talker.ask("Which thing is red?"))
+    without = talker.ask("Which thing is red?")
     talker.look(picture)
-    assert talker.turns == [] and "".join(talker.ask("Which thing is red?")) != without
+    assert talker.turns == [] and talker.ask("Which thing is red?") != without
 
     def sampled(seed):
         chat = open_chat(run, "--temperature", "1", "--top-p", "0.9", "--seed", str(seed))
-        return "".join(chat.ask("Which thing is red?"))
+        return chat.ask("Which thing is red?")
 
     assert sampled(1) == sampled(1) != sampled(2)
 
 
 def test_a_conversation_over_the_trained_length_is_announced(talker, capsys):
-    list(talker.ask("Hi"))
+    talker.ask("Hi")
     assert capsys.readouterr().err == ""
     talker.max_length = 20
-    list(talker.ask("Hi"))
+    talker.ask("Hi")
     assert "longer than those that the model was trained on" in capsys.readouterr().err
 
 
@@ -185,27 +186,29 @@ def test_saved_conversations_have_the_format_of_llava(talker, picture, tmp_path)
         talker.look(path)
         with pytest.raises(UserError, match="no turn"):
             chat.obey(talker, f"/save {tmp_path / name}")
-        list(talker.ask("Which thing is red?"))
-        list(talker.ask("And blue?"))
+        talker.ask("Which thing is red?")
+        talker.ask("And blue?")
         chat.obey(talker, f"/save {tmp_path / name}")
         [example] = [*Examples([tmp_path / name])]
         assert example.turns == talker.turns and len(example.turns) == 4 and example.image == (path and path.name)
 
 
 def test_save_replaces_no_file_of_anything_else(talker, picture, tmp_path):
-    list(talker.ask("Hi"))
+    talker.ask("Hi")
     (tmp_path / "mine.json").write_text("mine")
     for path in (tmp_path / "mine.json", picture):
         before = path.read_bytes()
         with pytest.raises(UserError, match="exists"):
             chat.obey(talker, f"/save '{path}'")
         assert path.read_bytes() == before
-    with pytest.raises(UserError, match="written"):
-        chat.obey(talker, f"/save {picture}/x.json")
+    for folder in (picture, tmp_path / "absent"):  # it makes no folders
+        with pytest.raises(UserError, match="x.json: its folder does not exist"):
+            chat.obey(talker, f"/save {folder}/x.json")
+    assert not (tmp_path / "absent").exists()
 
 
 def test_image_and_reset_start_again(talker, picture, capsys):
-    list(talker.ask("Hi"))
+    talker.ask("Hi")
     (picture.parent / "text.png").write_text("no picture")
     for bad, reason in (
         ("text.png", "not a readable picture"),
@@ -217,16 +220,18 @@ def test_image_and_reset_start_again(talker, picture, capsys):
         assert talker.turns and talker.path is None  # the conversation continues
     chat.obey(talker, f'/image "{picture}"')
     assert talker.path == picture and talker.turns == [] and talker.pixels.shape == (1, 3, 32, 32)
-    list(talker.ask("Hi"))
+    talker.ask("Hi")
     chat.obey(talker, "/reset")
     assert talker.path == picture and talker.turns == []
     chat.obey(talker, "/image")
     assert talker.path is None and len(talker.pixels) == 0
     capsys.readouterr()
-    for line in ("/help", "/wrong", "/save"):
+    for line in ("/help", "/wrong"):
         chat.obey(talker, line)
         printed = capsys.readouterr().err.strip()
         assert printed.endswith(chat.HELP) and printed.startswith(f"{line}: unknown command") == (line != "/help")
+    with pytest.raises(UserError, match="^/save FILE: name the file"):
+        chat.obey(talker, "/save")
 
 
 # --- from scripts, and in a terminal
@@ -236,21 +241,22 @@ def test_one_shot_prints_the_answer_alone(monkeypatch, capsys, run, picture, tal
     main(monkeypatch, "--model", run, "--image", picture, "--prompt", "Which thing?", "--max-new-tokens", 20)
     captured = capsys.readouterr()
     talker.look(picture)
-    assert captured.out == "".join(talker.ask("Which thing?")) + "\n"
+    assert captured.out == talker.ask("Which thing?") + "\n"
     flags = ("--max-new-tokens", "20", "--temperature", "1.5", "--top-p", "0.9", "--seed", "3")
     main(monkeypatch, "--model", run, "--prompt", "Which?", *flags)
-    assert capsys.readouterr().out == "".join(open_chat(run, *flags).ask("Which?")) + "\n"
+    assert capsys.readouterr().out == open_chat(run, *flags).ask("Which?") + "\n"
 
 
-def test_piped_questions(run, picture, tmp_path, talker):  # noqa: F811
+@pytest.mark.parametrize("leaves", ["/quit", "quit", "exit"])
+def test_piped_questions(run, picture, tmp_path, talker, leaves):  # noqa: F811
     lines = ["Which thing?", "", "And \udcff?", "/image absent.png", f"/save {tmp_path / 'x.json'}"]
-    lines += [f"/image {picture}", "Hi", "/quit", "not this"]
+    lines += [f"/image {picture}", "Hi", leaves, "not this"]
     done = subprocess.run(
         [sys.executable, "chat.py", "--model", run, "--max-new-tokens", "20"], cwd=ROOT, capture_output=True,
         timeout=100, env=ENVIRONMENT, input="\n".join(lines).encode("utf-8", "surrogateescape"))  # fmt: skip
-    informed, answers = done.stderr.decode(), ["".join(talker.ask(q)) for q in ("Which thing?", "And \ufffd?")]
+    informed, answers = done.stderr.decode(), [talker.ask(q) for q in ("Which thing?", "And \ufffd?")]
     talker.look(picture)
-    answers.append("".join(talker.ask("Hi")))
+    answers.append(talker.ask("Hi"))
     assert done.returncode == 0 and done.stdout.decode() == "".join(answer + "\n" for answer in answers)
     assert "error: absent.png: No such file or directory\n" in informed and "Traceback" not in informed
     assert len(json.loads((tmp_path / "x.json").read_text())[0]["conversations"]) == 4
@@ -322,6 +328,62 @@ def test_keys_in_a_terminal(run):  # noqa: F811
         terminal.close()
 
 
+# --- without flags, and from Python
+
+
+@pytest.fixture
+def clone(run, picture, tmp_path, monkeypatch):  # noqa: F811
+    """A folder in which nothing is trained. demo/ has a chatbot and a scene."""
+    shipped = tmp_path / "demo/chat"
+    shutil.copytree(run, shipped)
+    shutil.copy(run.parent / "vit.pt", tmp_path / "demo")
+    config = json.loads((run / "config.json").read_text())
+    (shipped / "config.json").write_text(json.dumps(config | {"settings": {"task": "chat", "demo": True}}))
+    monkeypatch.setattr(world, "CHAT", shipped)
+    monkeypatch.setattr(world, "SCENE", picture)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_fresh_clone_has_a_chatbot_and_a_scene(monkeypatch, capsys, clone, picture):
+    main(monkeypatch, "--max-new-tokens", 20, stdin=b"Which thing is red?\n")
+    captured = capsys.readouterr()
+    talker = chat.Chat(clone / "demo/chat", 20)
+    talker.look(picture)
+    assert captured.out == talker.ask("Which thing is red?") + "\n"
+    assert "runs/chat is absent: this is demo/chat" in captured.err and f"about {picture.name};" in captured.err
+    assert world.TOPICS["chat"] in captured.err
+    main(monkeypatch, "--prompt", "Hi", "--max-new-tokens", 3, "--image", picture)
+    assert picture.name not in capsys.readouterr().err
+    (clone / "runs/chat").mkdir(parents=True)  # such as that of a training that goes on
+    assert "runs/chat: no run directory" in refused(monkeypatch, "--prompt", "Hi")
+    shutil.rmtree(clone / "runs")
+    shutil.rmtree(clone / "demo")
+    assert "runs/chat: no run directory; train it first" in refused(monkeypatch, "--prompt", "Hi")
+
+
+def test_what_a_model_can_be_asked(talker, tmp_path):
+    talker.settings = {"task": "chat", "data": ["../detail_23k.json", "/data/own.json"]}
+    talker.task = "chat"
+    assert "for chat on detail_23k.json, own.json" in talker.topics()
+    for task, text in world.TOPICS.items():
+        talker.settings = {"task": task, "demo": True}
+        assert talker.topics() == text
+
+
+def test_the_readmes_snippets_run(clone, picture, capsys):
+    """Those that use chat.py or checkpoint.py, with a picture and a run of the names that they give."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    blocks = [block for block in blocks if "from chat" in block or "from checkpoint" in block]
+    if not blocks:
+        pytest.skip("README.md has no such snippet")
+    shutil.copy(picture, "picture.png")
+    shutil.copytree("demo", "runs")
+    for block in blocks:
+        exec(block, {})
+        assert len(capsys.readouterr().out) > 1
+
+
 # --- wrong input
 
 
@@ -358,4 +420,4 @@ def test_a_run_of_another_task_answers_with_a_warning(monkeypatch, capsys, tmp_p
     for path, task in ((tiny_run(tmp_path / "1", stage=1), "captions"), (run, "scienceqa"), (chatbot, None)):
         main(monkeypatch, "--model", path, "--prompt", "Hi", "--max-new-tokens", 3)
         captured = capsys.readouterr()
-        assert (f"was trained for {task}" in captured.err if task else captured.err == "") and captured.out.endswith("\n")
+        assert ("was trained for" in captured.err) == bool(task) and (not task or task in captured.err) and captured.out.endswith("\n")

@@ -1,4 +1,4 @@
-"""common.py: errors that end in one line, and files that appear complete or not at all."""
+"""common.py: errors that end in one line, bars of progress, and files that appear complete or not at all."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common import (ArgumentParser, UserError, number, printable, read_json, reason, replacing, run_command, shorten,
+from common import (ArgumentParser, UserError, number, printable, progress_bar, read_json, reason, replacing, run_command, shorten,
                     write_error, write_json)  # fmt: skip
 
 
@@ -73,6 +73,39 @@ def test_number_accepts_its_range(limits, text, expected):
     else:
         value = number(*limits)(text)
         assert value == expected and type(value) is type(expected)
+
+
+# --- progress
+
+
+BAR = """
+import sys, time
+import common
+from tqdm import tqdm
+common.LOG_SECONDS = 0.2
+for i in common.progress_bar(range(1000), "reading"):
+    time.sleep(0.001)
+    if i == 500:
+        tqdm.write("skipped: one", file=sys.stderr)
+common.progress_bar(total=3, desc="hidden", delay=1, leave=False).close()
+"""
+
+
+def test_a_bar_in_a_log_is_a_line_every_few_seconds():
+    done = subprocess.run([sys.executable, "-c", BAR], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    lines = done.stderr.splitlines(keepends=True)
+    assert "\r" not in done.stderr and "skipped: one\n" in lines and len(lines) < 20
+    lines.remove("skipped: one\n")
+    assert all(line.startswith("reading: ") and line.endswith("]\n") for line in lines)
+    assert " 1000/1000 " in lines[-1] and len(lines) >= 4
+
+
+def test_only_process_0_shows_a_bar_and_a_terminal_gets_one_that_moves(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for rank, shown in ((0, True), (1, False)):
+        monkeypatch.setenv("RANK", str(rank))
+        assert [*progress_bar(range(3), "reading", mininterval=0)] == [0, 1, 2]
+        assert ("\rreading: " in capsys.readouterr().err) == shown
 
 
 # --- text for the terminal

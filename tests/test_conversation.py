@@ -283,7 +283,7 @@ def test_a_lone_surrogate_becomes_u_fffd(sp):
 
 @pytest.fixture
 def command(tmp_path, tiny_tokenizer):
-    """`python conversation.py` with a data set of two samples, without colour."""
+    """`python conversation.py` with a data set of two samples. Its output is a pipe, so it has no colour."""
     (tmp_path / "tokenizer.model").write_bytes(tiny_tokenizer.serialized_model_proto())
     write_conversation(tmp_path / "picture.json", "<image>\nWhat?", "A cat.", id="picture", image="a.jpg")
     write_conversation(tmp_path / "text.json", "Why?", "So.", id="text")
@@ -291,7 +291,7 @@ def command(tmp_path, tiny_tokenizer):
     def run(*flags, data=("text.json", "picture.json"), **environment):
         line = [sys.executable, "conversation.py", "--tokenizer", tmp_path / "tokenizer.model", "--patches", "4"]
         line += ["--data", *(tmp_path / name for name in data), *flags]
-        environment = os.environ | {"NO_COLOR": "1", "PYTHONUTF8": "1"} | environment
+        environment = os.environ | {"PYTHONUTF8": "1"} | environment
         return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
 
     return run

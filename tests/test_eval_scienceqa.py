@@ -465,7 +465,7 @@ def test_a_run_of_another_task_is_announced(run, quiz, tmp_path, capsys):
     (chatbot / "config.json").write_text(json.dumps(read(run / "config.json") | {"settings": {"task": "chat"}}))
     for path in (chatbot, run):
         evaluate("--model", path, "--data", quiz, "--split", "two", "--max-new-tokens", 1, "--out", tmp_path / "out.json")
-        first, *_ = capsys.readouterr().out.splitlines()
+        _, first, *_ = capsys.readouterr().out.splitlines()  # after "loading ..."
         assert first.startswith(f"{chatbot} was trained for chat, not for ScienceQA") == (path == chatbot)
 
 

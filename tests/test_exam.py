@@ -210,13 +210,17 @@ def test_train_examines_a_run_of_the_demo(asked, tmp_path, monkeypatch, capsys):
         assert [len(exam_json[key]) for key in ("before", "after", "swapped")] == [answers] * 3
         printed = capsys.readouterr().out
         assert "\ndemo: --epochs" in "\n" + printed and "another scene's picture" in printed
+        announced = world.EXAM["stage1" if stage == "1" else "chat"]
+        assert f"demo: after the last step, {announced}\n" in printed and f"the exam: {announced}\n" in printed
+        following = "torchrun train.py --stage 2 --init-from" if stage == "1" else "python chat.py --model"
+        assert printed.endswith(f"next: {following} {tmp_path / stage}\n")
         assert exam.is_examined(tmp_path / stage)
     assert torch.equal(asked[1][0], asked[3][0])  # the chat starts from the W of stage 1
 
 
 def test_the_quiz_has_its_own_program(tmp_path, capsys):
     exam.finish(argparse.Namespace(name="scienceqa", out=tmp_path / "quiz"))
-    assert f"python eval_scienceqa.py --model {tmp_path / 'quiz'}\n" in capsys.readouterr().out
+    assert capsys.readouterr().out == ""
 
 
 def test_only_process_0_is_examined(tmp_path, monkeypatch, capsys):

@@ -99,7 +99,7 @@ def test_a_chat_answers(inputs, tmp_path, picture):  # noqa: F811
         with place:
             talker = open_chat(tmp_path / "run")
             talker.look(picture)
-            answers.append(["".join(talker.ask(question)) for question in ("What is it?", "And then?")])
+            answers.append([talker.ask(question) for question in ("What is it?", "And then?")])
     assert answers[0] == answers[1]
     assert talker.model.projector.weight.is_cuda and not torch.backends.cuda.cudnn_sdp_enabled()
 

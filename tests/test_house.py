@@ -11,7 +11,8 @@ GROUND_FLOOR = ["common", "conversation", "vision", "model", "data", "checkpoint
                 "chat"]  # fmt: skip
 WINGS = ("demo", "tools")  # above the ground floor; formats is below it
 IMPORTS_OF_WINGS = {  # all that the ground floor imports from above, each inside a function
-    ("conversation", "tools.pages"), ("distributed", "tools.fast_cpu"), ("eval_scienceqa", "demo.world"),
+    ("chat", "demo.world"), ("chat", "tools.answer"), ("conversation", "tools.pages"),
+    ("distributed", "tools.fast_cpu"), ("eval_scienceqa", "demo.world"),
     ("eval_scienceqa", "tools.pages"), ("train", "demo.exam"), ("train", "demo.world"), ("train", "tools.plots"),
 }  # fmt: skip
 LONGEST = {"train": 90, "parse_arguments": 62}  # lines of a function; others have at most 60

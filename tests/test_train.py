@@ -678,6 +678,24 @@ def test_only_one_process_trains_in_a_directory(inputs, tmp_path):
     in_process(flags(inputs, tmp_path / "run", max_steps=1))
 
 
+def test_a_refused_run_leaves_nothing_behind(inputs, tmp_path):
+    command = flags(inputs, tmp_path / "run", max_steps=1, data=tmp_path / "absent.json")
+    with pytest.raises(UserError, match="absent.json"):
+        in_process(command)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/.lock").write_text("mine")
+    (tmp_path / "mine/text").write_text("mine")
+    with pytest.raises(UserError, match="is not a run"):
+        in_process(flags(inputs, tmp_path / "mine", max_steps=1))
+    assert (tmp_path / "mine/.lock").read_text() == "mine"
+
+
+def test_a_run_names_the_command_to_give_after_it(inputs, tmp_path, capsys):
+    in_process(flags(inputs, tmp_path, max_steps=1))
+    assert capsys.readouterr().out.endswith(f"next: torchrun train.py --stage 2 --init-from {tmp_path} --data ...\n")
+
+
 def test_a_failed_plot_does_not_fail_the_run(inputs, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     command = flags(inputs, tmp_path, max_steps=2)

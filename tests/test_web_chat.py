@@ -54,7 +54,7 @@ def test_each_browser_has_its_own_turns_and_its_answers_stream(page, talker, pic
     assert shown.size == (50, 40) and turns == talk == []
     for path in (picture, None):
         talker.look(path)
-        expected = [*talker.ask("Which thing is red?")], [*talker.ask("And blue?")]
+        expected = [*talker.stream("Which thing is red?")], [*talker.stream("And blue?")]
         talker.look(None)
         mine, other = [], []
         for question, pieces in zip(("Which thing is red?", "And blue?"), expected):

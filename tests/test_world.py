@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -41,6 +42,20 @@ def scenes(n, held_out=False, seed=0):
 
 def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_demo_answers_the_questions_that_chat_suggests():
+    rng, asked = random.Random(0), set()
+    for _ in range(3000):
+        scene = world.draw_scene(rng)
+        for converse in (world.conversation, world.detail, world.reasoning):
+            asked |= set(converse(scene, rng)[::2])
+    suggested = world.TOPICS["chat"].partition("Ask: ")[2]
+    questions = [q.strip() for q in re.split(r"(?<=[?.]) ", suggested)]
+    assert len(questions) == 4 and set(questions) <= asked
+    words = (*world.SIZES, *world.COLOURS, *world.SHAPES)
+    assert all(re.search(rf"\b{word}(s|es)?\b", world.KNOWN) for word in words)
+    assert all(len(line) <= 120 and len(text.split("\n")) <= 2 for text in world.TOPICS.values() for line in text.split("\n"))
 
 
 def test_a_picture_shows_its_scene():

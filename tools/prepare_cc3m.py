@@ -32,9 +32,18 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from common import ArgumentParser, UserError, number, printable, read_json, reason, replacing, run_command
+from common import (
+    ArgumentParser,
+    UserError,
+    number,
+    printable,
+    progress_bar,
+    read_json,
+    reason,
+    replacing,
+    run_command,
+)
 from data import check_records, from_caption
 from formats.pictures import MAX_BYTES, Pictures
 from formats.records import read_records
@@ -276,7 +285,7 @@ def read_concepts(source: Source, find_phrases: PhraseFinder) -> tuple[Concepts,
     """The first pass over the captions. Also returns how many records were skipped, by the reason."""
     digests, per_caption, skipped = bytearray(), array("H"), Counter()
     texts = (searchable(record) for record, _ in source.read(skipped))
-    for phrases in tqdm(find_phrases(texts), "noun phrases", unit=" captions", unit_scale=True):
+    for phrases in progress_bar(find_phrases(texts), "noun phrases", unit=" captions", unit_scale=True):
         different = set(phrases)
         per_caption.append(len(different))
         digests += b"".join(map(digest, different))
@@ -336,7 +345,7 @@ def write_subset(source: Source, selected: np.ndarray, seed: int, chat: BinaryIO
     """
     n, texts = len(selected), []
     i, separator = -1, b"[\n"
-    captions = tqdm(source.read(Counter()), "chat.json", n, unit=" captions", unit_scale=True)
+    captions = progress_bar(source.read(Counter()), "chat.json", n, unit=" captions", unit_scale=True)
     for i, (record, read_picture) in enumerate(captions):
         if i in examples:
             texts.append(searchable(record))

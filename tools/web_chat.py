@@ -64,7 +64,7 @@ class Page:
             yield self.gradio.skip()
             return
         answer = ""
-        for piece in chat.ask(question):
+        for piece in chat.stream(question):
             answer += piece
             yield "", chat.turns, as_messages([*turns, question, answer])
 
