@@ -98,16 +98,15 @@ def draw_scene(names: list[str], rng: random.Random, held_out: bool) -> tuple[li
     n = rng.randint(1, 4)
     while True:
         things: list[Thing] = []
-        while len(things) < n:
+        for _ in range(20):
             name, colour, r = rng.choice(names), rng.choice(list(COLOURS)), rng.uniform(*RADIUS)
             if things and rng.random() < 0.4:
                 name = things[0].name
             elif things and rng.random() < 0.4:
                 colour = things[0].colour
             x, y = rng.uniform(r, 1 - r), rng.uniform(r, 1 - r)
-            if any(math.dist((x, y), (t.x, t.y)) < 1.05 * (r + t.r) for t in things):
-                break
-            things.append(Thing(name, colour, rng.choice(COLOURS[colour]), x, y, r))
+            if len(things) < n and all(math.dist((x, y), (t.x, t.y)) > 1.05 * (r + t.r) for t in things):
+                things.append(Thing(name, colour, rng.choice(COLOURS[colour]), x, y, r))
         if len({t.full_name for t in things}) == n and is_held_out(things) == held_out:
             grounds = [ground for ground in rng.choice(GROUNDS) if all(contrast(ground, t.shade) for t in things)]
             if grounds:
