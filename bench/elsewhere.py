@@ -67,7 +67,7 @@ ELEMENTS = {  # in a circle of radius 1
     "star": '<polygon points="0,-1 0.27,-0.37 0.95,-0.31 0.43,0.14 0.59,0.81 0,0.45 -0.59,0.81 -0.43,0.14 -0.95,-0.31 '
             '-0.27,-0.37"/>',
     "line": '<line x1="-1" x2="1"/>',
-    "semicircle": '<path d="M-1 0.4 A1 1 0 0 1 1 0.4 Z"/>',
+    "semicircle": '<path d="M-0.9 0.4 A0.9 0.9 0 0 1 0.9 0.4 Z"/>',
 }  # fmt: skip
 
 
@@ -145,7 +145,7 @@ def marker_artist(thing: Thing, rng: random.Random):
     from matplotlib.lines import Line2D
     from matplotlib.markers import MarkerStyle
 
-    marker = MarkerStyle(rng.choice(MARKERS[thing.name]))  # type: ignore[arg-type]
+    marker = MarkerStyle(rng.choice(MARKERS[thing.name]), joinstyle="round")  # type: ignore[arg-type]
     radius = np.hypot(*np.transpose(marker.get_path().transformed(marker.get_transform()).vertices)).max()
     points = 72 * 2 * thing.r
     is_outline = marker.is_filled() and thing.r > OUTLINED and rng.random() < 0.3
@@ -196,8 +196,8 @@ def svg_text(things: list[Thing], grounds: list[str], pixels: int, rng: random.R
         elif t.colour != "black" and rng.random() < 0.3:
             stroke, width = "black", 0.1
         lines.append(f'<g transform="translate({t.x:.3f} {t.y:.3f}) rotate({degrees:.0f}) '
-                     f'scale({t.r * (1 - width / 2):.3f})" fill="{fill}" stroke="{stroke}" stroke-width="{width}">'
-                     f"{ELEMENTS[t.name]}</g>")  # fmt: skip
+                     f'scale({t.r * (1 - width / 2):.3f})" fill="{fill}" stroke="{stroke}" stroke-width="{width}" '
+                     f'stroke-linejoin="round">{ELEMENTS[t.name]}</g>')  # fmt: skip
     return "\n".join([*lines, "</svg>"])
 
 
