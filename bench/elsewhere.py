@@ -217,7 +217,7 @@ def all_questions(things: list[Thing], names: list[str], noun: str, rng: random.
     full_names = [t.full_name for t in things]
     short = {t: t.name if shown.count(t.name) == 1 else t.full_name for t in things}
     yield "count", f"How many {noun}s are there?", len(things)
-    colour = rng.choice([*set(colours), rng.choice(list(COLOURS))])
+    colour = rng.choice([*dict.fromkeys(colours), rng.choice(list(COLOURS))])
     yield "count", f"How many {noun}s are {colour}?", colours.count(colour)
     for t in things:
         absent = [full for full in (f"{t.colour} {rng.choice(names)}", f"{rng.choice(list(COLOURS))} {t.name}")
