@@ -1,8 +1,9 @@
 """The recipe of the demo's two backbones: a LLaMA with its tokenizer, and a ViT.
 
 The LLaMA learns from text alone. In the place of a picture its texts describe the scene in words, so that it learns to
-look things up there. The ViT learns from pictures and captions by contrast, as CLIP does. They train separately: only
-stage 1 connects them, by W.
+look things up there. The ViT learns from pictures and captions by contrast, as CLIP does, and to predict the form of
+what each patch shows. Both see more of the world than the demo does (wide.py), so that they suit other pictures and
+words, too. They train separately, in two processes of one thread: only stage 1 connects them, by W.
 
     python -m demo.build                  # replaces the backbones beside this file
     python -m demo.build --out DIR
@@ -62,9 +63,8 @@ THINGS = tuple(dict.fromkeys((*(word for values in wide.ATTRIBUTES.values() for 
 SPELLINGS = ("gray", "center", *(word.capitalize() for word in (*wide.COLOURS, *wide.OUTLINES, *PLACES)))
 SINGLE_PIECES = tuple(dict.fromkeys((*THINGS, *CANDIDATES, *SPELLINGS, "blank")))
 # Words that make an answer right.
-DECISIVE = (*CANDIDATES, *world.NUMBERS, "Yes", "No", "Nothing", "I", *LETTERS[:5], *THINGS, *SPELLINGS,
-            *wide.NUMBER_WORDS, "Zero", "One", "Two", "Three", "Four", "yes",
-            "nothing")  # fmt: skip
+DECISIVE = (*CANDIDATES, *THINGS, *SPELLINGS, *world.NUMBERS, *wide.NUMBER_WORDS, "Zero", "One", "Two", "Three", "Four",
+            *LETTERS[:5], "Yes", "No", "Nothing", "I", "yes", "nothing")  # fmt: skip
 MIX = dict(caption=3, conversation=4, detail=2, reasoning=2, quiz=5, drill=6, wide=8)  # frequencies of texts
 
 Description = list[list[tuple[str, float]]]  # of a scene: for each position, words and their weights
