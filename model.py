@@ -177,7 +177,7 @@ def position_ids(borders: list[int], device: torch.device = CPU) -> torch.Tensor
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """softmax(q kᵀ / √hd) v, each token over itself and those before it: q, k, v (..., T, heads, hd) -> (..., T, H, hd)."""
+    """softmax(q kᵀ / √hd) v, each token over itself and earlier ones: (..., T, heads, hd) each -> (..., T, H, hd)."""
     q, k, v = (t.transpose(-3, -2) for t in (q, k, v))  # (..., heads, T, hd)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[-3] != k.shape[-3])
     return out.transpose(-3, -2)
