@@ -36,7 +36,7 @@ def speed_up(keep_memory: bool = True):
         keep_freed_memory()
     if prefers_onednn():
         F.linear = linear
-    F.scaled_dot_product_attention = attention
+    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
 
 
 # --- memory
