@@ -62,7 +62,7 @@ class Chat:
 
             return TOPICS[self.settings["task"]]
         data = [Path(path).name for path in self.settings.get("data", ["unknown data"])]
-        return f"The model was trained for {self.task} on {', '.join(data)}; ask what these ask."
+        return f"The model was trained for {self.task} on {', '.join(data)}; ask questions like those."
 
     def look(self, path: str | Path | None):
         """Starts again, about this picture. Raises UserError if it cannot be read; then nothing changes."""
@@ -161,16 +161,16 @@ def talk(chat: Chat):
 def add_arguments(parser: argparse.ArgumentParser):
     """The flags that `open_chat` reads."""
     add = parser.add_argument
-    add("--model", type=Path, metavar="RUN", help=f"a run directory (default: {RUN}, or if it is absent the chatbot "
+    add("--model", type=Path, metavar="RUN", help=f"a run directory (default: {RUN}, or, if it is absent, the chatbot "
         "in demo/)")  # fmt: skip
     add("--image", type=Path, metavar="FILE", help="the picture to talk about (default: none; a scene for the demo's "
         "models)")  # fmt: skip
     add("--temperature", type=number(0.0, 100.0), default=0.0, help="0 = always the most likely token; 1 = the "
         "model's distribution")  # fmt: skip
-    add("--top-p", type=number(1e-9, 1.0), default=1.0, help="sample among the most likely tokens of this probability; "
+    add("--top-p", type=number(1e-9, 1.0), default=1.0, help="sample from the top tokens of this total probability; "
         "1 = all")  # fmt: skip
-    add("--max-new-tokens", type=number(1), default=512, help="tokens after which an answer is cut")
-    add("--seed", type=number(0), default=0, help="of the sampling, if --temperature is not 0")
+    add("--max-new-tokens", type=number(1), default=512, help="most tokens of an answer")
+    add("--seed", type=number(0), default=0, help="seed of the sampling, if --temperature is not 0")
 
 
 def default_run() -> Path:
@@ -181,7 +181,7 @@ def default_run() -> Path:
         return RUN
     shipped = Path(os.path.relpath(CHAT))
     if is_process_0():
-        inform(f"{RUN} is absent: this is {shipped}, trained on the demo before; to train one: {TRAINED_BY}")
+        inform(f"{RUN} is absent; this is {shipped}, trained on the demo; to train one: {TRAINED_BY}")
     return shipped
 
 
@@ -203,7 +203,7 @@ def main():
     parser = ArgumentParser(__doc__)
     add_arguments(parser)
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--prompt", metavar="TEXT", help="print the answer to this and end (default: talk)")
+    add("--prompt", metavar="TEXT", help="print the answer to this question and end (default: a chat)")
     add("--questions", type=Path, metavar="FILE", help='answer all {"question_id", "image", "text"} of this file')
     add = parser.add_argument_group("with --questions").add_argument
     add("--answers", type=Path, metavar="FILE", help="the file of answers to write, or to complete")

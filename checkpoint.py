@@ -71,7 +71,7 @@ def llama_config(folder: str | Path) -> LLaMAConfig:
         path = Path(folder, name)
         if path.is_file():
             return LLaMAConfig(**form.llama_config(read_json(path, dict), path))
-    raise UserError(f"{folder}: no LLaMA there: expected Meta's params.json or Hugging Face's config.json")
+    raise UserError(f"{folder}: holds no LLaMA; expected Meta's params.json or Hugging Face's config.json")
 
 
 def save_llama(config: LLaMAConfig, weights: dict[str, torch.Tensor], folder: str | Path):
@@ -241,7 +241,7 @@ def read_run(run: str | Path, trained_by: str = "torchrun train.py --stage 1", *
         raise UserError(f"{run}: no run directory; train it first: {trained_by} --out {run}")
     config = read_json(run / "config.json", dict)
     if config.get("stage") not in (1, 2):
-        raise UserError(f"{run}: not a run directory; a LLaVA's folder becomes one by: python -m tools.import_llava "
+        raise UserError(f"{run}: not a run directory; to make one from a LLaVA: python -m tools.import_llava "
                         f"{run} RUN")  # fmt: skip
     for name, value in expected.items():
         if config.get(name) != value:

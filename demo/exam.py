@@ -1,8 +1,8 @@
 """The exam of the demo: questions about held-out scenes, the share of right answers, and the tables that report it.
 
-A run of stage 1 captions every held-out scene; a chatbot has a conversation of three questions about each, in which its
-own answers stand. Each is asked before and after its training, and then with the pictures swapped, which shows how much
-a model can guess.
+A run of stage 1 captions every held-out scene; a chatbot has a conversation of three questions about each, which holds
+its own earlier answers. Each is asked before and after its training, and then with the pictures swapped, which shows
+how much a model can guess.
 
     python -m demo.exam               # prints the tables of all finished runs of the demo in runs/
     python -m demo.exam runs/chat     # of one run

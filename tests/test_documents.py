@@ -80,7 +80,7 @@ def commands(text: str):
     for line in re.findall(r"(?:python|torchrun)\b[^`\n]*", text):
         words = line.partition("#")[0].partition("&&")[0].split()
         for i, word in enumerate(words):
-            module = words[i - 1] == "-m" and re.fullmatch(r"(tools|demo|bench)\.\w+", word)
+            module = words[i - 1] == "-m" and re.fullmatch(r"(tools|demo|bench)\.[a-z]\w*", word)
             if module or re.fullmatch(r"[\w/]+\.py", word):
                 file = word.replace(".", "/") + ".py" if module else word
                 yield file, [flag for flag in words[i + 1 :] if re.fullmatch(r"--[\w-]+", flag)]

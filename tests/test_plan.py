@@ -116,5 +116,5 @@ def test_plan_of_the_demo_by_default(command):
 def test_mistakes_end_in_one_line(tmp_path, command):
     with pytest.raises(UserError, match="--gpus: 0: expected a whole number of 1 or more"):
         command("--gpus", 0)
-    with pytest.raises(UserError, match="no LLaMA there"):
+    with pytest.raises(UserError, match="holds no LLaMA"):
         command("--llama", tmp_path)
