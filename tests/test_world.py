@@ -48,8 +48,7 @@ def test_the_demo_answers_the_questions_that_chat_suggests():
     rng, asked = random.Random(0), set()
     for _ in range(3000):
         scene = world.draw_scene(rng)
-        for converse in (world.conversation, world.detail, world.reasoning):
-            asked |= set(converse(scene, rng)[::2])
+        asked |= {ask(scene, rng).question for ask in (world.short_question, world.detail, world.reasoning)}
     suggested = world.TOPICS["chat"].partition("Ask: ")[2]
     questions = [q.strip() for q in re.split(r"(?<=[?.]) ", suggested)]
     assert len(questions) == 4 and set(questions) <= asked
@@ -239,8 +238,9 @@ def test_begin_completes_the_arguments(name, init_from, starts_from, small, fold
     assert (a.llama, a.vision) == ((None, None) if starts_from else (world.LLAMA, world.VISION))
     assert (a.epochs, a.lr) == (world.SETTINGS[name]["epochs"], 0.5)
     assert a.images.is_dir() and len(data.Examples(a.data)) > 0
-    line = capsys.readouterr().out
-    assert line.startswith("demo: ") and f"--epochs {a.epochs}" in line and "--lr" not in line and line.count("\n") == 1
+    flags, *examined = capsys.readouterr().out.splitlines()
+    assert flags.startswith("demo: ") and f"--epochs {a.epochs}" in flags and "--lr" not in flags
+    assert examined == [f"demo: after the last step, {world.EXAM[name]}" for _ in range(name in world.EXAM)]
 
 
 def test_begin_prints_on_process_0_only(small, folder, monkeypatch, capsys):
