@@ -66,6 +66,7 @@ SINGLE_PIECES = tuple(dict.fromkeys((*THINGS, *CANDIDATES, *SPELLINGS, "blank"))
 DECISIVE = (*CANDIDATES, *THINGS, *SPELLINGS, *world.NUMBERS, *wide.NUMBER_WORDS, "Zero", "One", "Two", "Three", "Four",
             *LETTERS[:5], "Yes", "No", "Nothing", "I", "yes", "nothing")  # fmt: skip
 MIX = dict(caption=3, conversation=4, detail=2, reasoning=2, quiz=5, drill=6, wide=8)  # frequencies of texts
+CHAT_MIX = dict(caption=1, conversation=10, detail=1, reasoning=1, quiz=3, drill=2, wide=5)  # of the last lesson
 
 Description = list[list[tuple[str, float]]]  # of a scene: for each position, words and their weights
 
@@ -93,9 +94,12 @@ def with_text(text: str, turns: list[tuple[str, str]]) -> list[str]:
     return [f"{text}\n{messages[0]}", *messages[1:]]
 
 
-def draw_conversation(rng: random.Random) -> tuple[list[str], Scene | None]:
-    """A conversation about the world, and its scene; `<image>` marks where the scene's description goes."""
-    kind = rng.choices(list(MIX), list(MIX.values()))[0]
+def draw_conversation(rng: random.Random, mix: dict[str, int]) -> tuple[list[str], Scene | None]:
+    """A conversation about the world, and its scene; `<image>` marks where the scene's description goes.
+
+    mix: the frequencies of its kinds.
+    """
+    kind = rng.choices(list(mix), list(mix.values()))[0]
     if kind == "drill":
         return (drill_letters(rng, 4, 3) if rng.random() < 0.6 else drill_facts(rng, 3)), None
     if kind == "quiz":
@@ -245,8 +249,8 @@ def find_things(sp: SentencePieceProcessor, rng: random.Random, progress: float)
             return encode_text(sp, messages, describe_in_sums(scene, rng))
 
 
-def read_everything(sp: SentencePieceProcessor, rng: random.Random, progress: float) -> Text:
-    turns, scene = draw_conversation(rng)
+def read_everything(sp: SentencePieceProcessor, rng: random.Random, progress: float, mix: dict[str, int] = MIX) -> Text:
+    turns, scene = draw_conversation(rng, mix)
     if scene is None:
         return encode_text(sp, turns, [])
     describe = describe_in_mixtures if rng.random() < 0.85 else describe_in_words
@@ -272,7 +276,11 @@ LESSONS = (
     Lesson("letters", find_letters, steps=400, batch_size=64, lr=2e-3),
     Lesson("scenes", find_things, steps=450, batch_size=64, lr=4e-3),
     Lesson("all", read_everything, steps=4600, batch_size=32, lr=1e-3, other_words=0.1, cosine=True),
-)
+    Lesson("facts again", functools.partial(retell_facts, n=2), steps=300, batch_size=64, lr=2e-3, system=False),
+    Lesson("facts again", functools.partial(retell_facts, n=3), steps=300, batch_size=64, lr=2e-3, system=False),
+    Lesson("chat", functools.partial(read_everything, mix=CHAT_MIX), steps=1600, batch_size=32, lr=1e-3,
+           other_words=0.1, cosine=True),
+)  # fmt: skip
 
 
 # --- the tokenizer and the LLaMA
@@ -283,7 +291,7 @@ def train_tokenizer(path: Path) -> SentencePieceProcessor:
     rng = random.Random(f"tokenizer {world.SEED}")
     lines = []
     for _ in range(8000):
-        turns, scene = draw_conversation(rng)
+        turns, scene = draw_conversation(rng, MIX)
         text = "".join(render(turns, scene is not None)[:2])
         lines += text.split("\n")  # no piece contains a newline: the tokenizer spells it as a byte
         if scene:
