@@ -278,6 +278,7 @@ LESSONS = (
     Lesson("all", read_everything, steps=4600, batch_size=32, lr=1e-3, other_words=0.1, cosine=True),
     Lesson("facts again", functools.partial(retell_facts, n=2), steps=300, batch_size=64, lr=2e-3, system=False),
     Lesson("facts again", functools.partial(retell_facts, n=3), steps=300, batch_size=64, lr=2e-3, system=False),
+    Lesson("facts at last", functools.partial(retell_facts, n=3), steps=500, batch_size=64, lr=2e-3, system=False),
     Lesson("chat", functools.partial(read_everything, mix=CHAT_MIX), steps=1600, batch_size=32, lr=1e-3,
            other_words=0.1, cosine=True),
 )  # fmt: skip

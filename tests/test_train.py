@@ -406,7 +406,7 @@ def test_wrong_combinations_for_stage_2_are_refused(inputs, chat, tmp_path):
     for changes, message in (
         (dict(task="scienceqa"), "--data holds LLaVA conversations.*--task scienceqa"),
         (dict(init_from=tmp_path), "no run directory"),
-        (dict(llama=inputs / "llama"), "--init-from brings"),
+        (dict(llama=inputs / "llama"), "--init-from takes"),
     ):
         with pytest.raises(UserError, match=message):
             in_process(stage_2(inputs, chat, tmp_path / "x", **changes))
