@@ -13,6 +13,7 @@ import functools
 import io
 import math
 import random
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -25,6 +26,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python demo/build.py`
 
 from checkpoint import load_run, load_vision, save_llama, save_run
 from common import ArgumentParser, UserError, progress_bar, replacing, run_command

@@ -10,11 +10,14 @@ after its training, and then with the pictures swapped: the last row of answers 
 import argparse
 import itertools
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python demo/exam.py`
 
 from checkpoint import build, load_llama, load_run, load_vision, open_run
 from common import ArgumentParser, UserError, is_process_0, progress_bar, read_json, run_command, write_json

@@ -9,14 +9,18 @@ two backbones beside this file.
 
 import argparse
 import json
+import os
 import random
 import shutil
+import sys
 import zlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python demo/world.py`
 
 from common import ArgumentParser, UserError, is_process_0, progress_bar, run_command, write_error
 from conversation import IMAGE
@@ -375,10 +379,11 @@ def quiz_problem(rng: random.Random, held_out: bool = False) -> tuple[dict, Scen
 
 def data_of(name: str) -> tuple[list[Path], Path]:
     """The data files and the folder of pictures, in FOLDER, of a run with this name (a key of SETTINGS)."""
+    folder = Path(os.path.relpath(FOLDER))  # shorter to print
     if name == "scienceqa":
-        return [FOLDER / "scienceqa"], FOLDER / "scienceqa"
+        return [folder / "scienceqa"], folder / "scienceqa"
     files = ["captions"] if name == "stage1" else ["conversation", "detail", "reasoning"]
-    return [FOLDER / f"{file}.json" for file in files], FOLDER / "images"
+    return [folder / f"{file}.json" for file in files], folder / "images"
 
 
 def prepare(folder: Path | None = None):

@@ -203,8 +203,9 @@ def test_begin_completes_the_arguments(name, init_from, starts_from, small, fold
     assert (a.llama, a.vision) == ((None, None) if starts_from else (world.LLAMA, world.VISION))
     assert (a.epochs, a.lr) == (world.SETTINGS[name]["epochs"], 0.5)
     assert a.images.is_dir() and len(data.Examples(a.data)) > 0
-    line = capsys.readouterr().out
-    assert line.startswith("demo: ") and f"--epochs {a.epochs}" in line and "--lr" not in line and line.count("\n") == 1
+    line, *announced = capsys.readouterr().out.splitlines()
+    assert line.startswith("demo: ") and f"--epochs {a.epochs}" in line and "--lr" not in line
+    assert announced == ([f"demo: after the last step, {world.EXAM[name]}"] if name != "scienceqa" else [])
 
 
 def test_begin_prints_on_process_0_only(small, folder, monkeypatch, capsys):

@@ -7,8 +7,11 @@ the activations that the backward pass needs. It does not count the activations 
 LLaMA runs. RESERVE covers what CUDA itself allocates.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python tools/plan.py`
 
 import checkpoint
 from common import ArgumentParser, number, run_command
