@@ -210,7 +210,7 @@ def main():
     add("--images", type=Path, metavar="PATH", help="folder or zip that holds the questions' pictures")
     add("--batch-size", type=number(1), default=32, help="questions that a process answers at once")
     args = parser.parse_args()
-    if args.questions:
+    if args.questions or args.answers or args.images:
         from tools.answer import answer_questions
 
         answer_questions(args, args.model or default_run())

@@ -89,6 +89,8 @@ def plain(text) -> str:
 
 def answer_questions(args: argparse.Namespace, model_path: Path):
     """chat.py with --questions: args are its arguments. All processes of torchrun take part."""
+    if not args.questions:
+        raise UserError("--answers and --images go with --questions; a conversation takes its picture as --image FILE")
     if not args.answers:
         raise UserError("--answers missing: name the file to write, such as answers.jsonl")
     if args.image:
