@@ -479,7 +479,19 @@ def write_quiz(folder: Path, rng: random.Random, progress: Callable[[], object])
     (folder / "pid_splits.json").write_text(json.dumps(splits), encoding="utf-8")
 
 
-# --- for train.py
+# --- for chat.py and train.py
+
+
+def default_run() -> Path:
+    """The run that a chat takes without --model: runs/chat, or if it is absent the chatbot beside this file."""
+    run = Path("runs/chat")
+    if run.exists() or not CHAT.exists():
+        return run
+    shipped = Path(os.path.relpath(CHAT))
+    if is_process_0():
+        print(f"{run} is absent: this is {shipped}, which was trained on the demo; to train one: torchrun train.py "
+              "--stage 1, then --stage 2", file=sys.stderr)  # fmt: skip
+    return shipped
 
 
 def begin(args: argparse.Namespace):
