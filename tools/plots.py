@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python tools/plots.py`
 
 import checkpoint
-from chat import TRAINED_BY, default_run
+from chat import TRAINED_BY
 from common import ArgumentParser, UserError, number, printable, reason, replacing, run_command, write_error
 from conversation import IMAGE, IMAGE_ID, TEMPLATE, has_ended, surface, tokenize
 from data import REQUESTS
@@ -219,7 +219,7 @@ def attention_figure(args: argparse.Namespace):
     if args.out.suffix.lower() != ".png":
         raise UserError(f"--out {args.out}: must name a file that ends in .png")
     args.image = args.image or world.SCENE
-    args.model = args.model or default_run()
+    args.model = args.model or world.default_run()
     with drawing(args.out) as figure:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model, sp, _, autocast = checkpoint.open_run(args.model, device, TRAINED_BY, template=TEMPLATE)

@@ -16,7 +16,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python tools/web_chat.py`
 
-from chat import Chat, add_arguments, default_run, open_chat
+from chat import Chat, add_arguments, open_chat
 from common import ArgumentParser, UserError, reason, run_command
 from conversation import IMAGE
 from demo import world
@@ -151,7 +151,7 @@ def main():
     args = parser.parse_args()
     print("loading gradio")
     gradio = import_gradio()  # first, because a model takes long to load
-    args.model = args.model or default_run()
+    args.model = args.model or world.default_run()
     chat = open_chat(args)
     with tempfile.TemporaryDirectory() as folder:
         serve(chat, gradio, str(args.model), draw_examples(Path(folder)) if chat.settings.get("demo") else [])
