@@ -24,11 +24,10 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from common import ArgumentParser, UserError, is_process_0, number, printable, run_command, write_json
+from common import ArgumentParser, UserError, number, printable, run_command, write_json
 from conversation import IMAGE, TEMPLATE, answer_text, has_ended, tokenize
 from vision import load_pixels
 
-RUN = Path("runs/chat")
 TRAINED_BY = "torchrun train.py --stage 2"
 HELP = """\
 /image FILE   start again, about this picture (without FILE: about none)
@@ -161,7 +160,7 @@ def talk(chat: Chat):
 def add_arguments(parser: argparse.ArgumentParser):
     """The flags that `open_chat` reads."""
     add = parser.add_argument
-    add("--model", type=Path, metavar="RUN", help=f"a run directory (default: {RUN}, or, if it is absent, the chatbot "
+    add("--model", type=Path, metavar="RUN", help="a run directory (default: runs/chat; if it is absent, the chatbot "
         "in demo/)")  # fmt: skip
     add("--image", type=Path, metavar="FILE", help="the picture to talk about (default: none; a scene for the demo's "
         "models)")  # fmt: skip
@@ -173,33 +172,20 @@ def add_arguments(parser: argparse.ArgumentParser):
     add("--seed", type=number(0), default=0, help="seed of the sampling, if --temperature is not 0")
 
 
-def default_run() -> Path:
-    """runs/chat, or the demo's chatbot, which comes with the repository."""
-    from demo.world import CHAT
-
-    if RUN.exists() or not CHAT.exists():
-        return RUN
-    shipped = Path(os.path.relpath(CHAT))
-    if is_process_0():
-        inform(f"{RUN} is absent; this is {shipped}, trained on the demo; to train one: {TRAINED_BY}")
-    return shipped
-
-
 def open_chat(args: argparse.Namespace) -> Chat:
     """Loads the run, and the picture: without --image, a scene if the run is the demo's."""
     from demo.world import SCENE
 
-    run = args.model or default_run()
-    inform(f"loading {run}")
-    chat = Chat(run, args.max_new_tokens, args.temperature, args.top_p, args.seed)
-    chat.look(args.image)
-    if args.image is None and chat.settings.get("demo") and SCENE.exists():
-        chat.look(SCENE)
-        inform(f"about {os.path.relpath(SCENE)}; --image FILE shows another picture")
+    inform(f"loading {args.model}")
+    chat = Chat(args.model, args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    chat.look(args.image or (os.path.relpath(SCENE) if chat.settings.get("demo") else None))
+    inform(f"picture: {chat.path or 'none'} (--image FILE shows another)")
     return chat
 
 
 def main():
+    from demo.world import default_run
+
     parser = ArgumentParser(__doc__)
     add_arguments(parser)
     add = parser.add_mutually_exclusive_group().add_argument
@@ -210,11 +196,11 @@ def main():
     add("--images", type=Path, metavar="PATH", help="folder or zip that holds the questions' pictures")
     add("--batch-size", type=number(1), default=32, help="questions that a process answers at once")
     args = parser.parse_args()
-    if args.questions:
+    args.model = args.model or default_run()
+    if args.questions or args.answers or args.images:
         from tools.answer import answer_questions
 
-        answer_questions(args, args.model or default_run())
-        return
+        return answer_questions(args)
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # no byte typed or printed ends the chat
     chat = open_chat(args)

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -234,7 +235,7 @@ def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch
         from demo.world import FOLDER, prepare
 
         by_process_0(prepare)
-        args.data = FOLDER / "scienceqa"
+        args.data = Path(os.path.relpath(FOLDER / "scienceqa"))
     as_text = args.missing_pictures_as_text or args.predictions
     problems, absent = read_scienceqa(args.data, args.split, "text" if as_text else "refuse")
     problems = list({p["id"]: p for p in problems}.values())  # a split may name a problem twice

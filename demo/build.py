@@ -15,6 +15,7 @@ import io
 import math
 import multiprocessing
 import random
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -29,6 +30,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python demo/build.py`
 
 from checkpoint import load_run, load_vision, save_llama, save_run
 from common import ArgumentParser, UserError, progress_bar, replacing, run_command

@@ -11,11 +11,14 @@ how much a model can guess.
 import argparse
 import itertools
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python demo/exam.py`
 
 from checkpoint import build, load_llama, load_run, load_vision, open_run
 from common import ArgumentParser, UserError, is_process_0, progress_bar, read_json, run_command, write_json

@@ -9,8 +9,10 @@ two backbones beside this file.
 
 import argparse
 import json
+import os
 import random
 import shutil
+import sys
 import zlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python demo/world.py`
 
 from common import ArgumentParser, UserError, is_process_0, progress_bar, run_command, write_error
 from conversation import IMAGE
@@ -452,10 +456,11 @@ def quiz_problem(rng: random.Random, held_out: bool = False) -> tuple[dict, Scen
 
 def data_of(name: str) -> tuple[list[Path], Path]:
     """The data files and the folder of pictures, in FOLDER, of a run with this name (a key of SETTINGS)."""
+    folder = Path(os.path.relpath(FOLDER))  # shorter to print
     if name == "scienceqa":
-        return [FOLDER / "scienceqa"], FOLDER / "scienceqa"
+        return [folder / "scienceqa"], folder / "scienceqa"
     files = ["captions"] if name == "stage1" else KINDS
-    return [FOLDER / f"{file}.json" for file in files], FOLDER / "images"
+    return [folder / f"{file}.json" for file in files], folder / "images"
 
 
 def prepare(folder: Path | None = None):
@@ -553,7 +558,19 @@ def write_quiz(folder: Path, rng: random.Random, progress: Callable[[], object])
     (folder / "pid_splits.json").write_text(json.dumps(splits), encoding="utf-8")
 
 
-# --- for train.py
+# --- for chat.py and train.py
+
+
+def default_run() -> Path:
+    """The run that a chat takes without --model: runs/chat, or if it is absent the chatbot beside this file."""
+    run = Path("runs/chat")
+    if run.exists() or not CHAT.exists():
+        return run
+    shipped = Path(os.path.relpath(CHAT))
+    if is_process_0():
+        print(f"{run} is absent: this is {shipped}, which was trained on the demo; to train one: torchrun train.py "
+              "--stage 1, then --stage 2", file=sys.stderr)  # fmt: skip
+    return shipped
 
 
 def begin(args: argparse.Namespace):

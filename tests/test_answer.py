@@ -138,6 +138,8 @@ def test_refusals(run, files, monkeypatch, tmp_path):  # noqa: F811
     ask = ("--model", run, "--questions", questions)
     assert refused(monkeypatch, *ask).startswith("--answers missing")
     assert refused(monkeypatch, *ask, "--answers", out).startswith("--images missing")
+    for flag in ("--images", "--answers"):
+        assert "go with --questions" in refused(monkeypatch, "--model", run, flag, files / "images")
     assert "--image goes with one" in refused(monkeypatch, *flags(run, files), "--image", "a.png")
     assert "not allowed with argument" in refused(monkeypatch, *flags(run, files), "--prompt", "Hi")
     (files / "images/b.png").unlink()

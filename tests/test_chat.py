@@ -351,10 +351,10 @@ def test_a_fresh_clone_has_a_chatbot_and_a_scene(monkeypatch, capsys, clone, pic
     talker = chat.Chat(clone / "demo/chat", 20)
     talker.look(picture)
     assert captured.out == talker.ask("Which thing is red?") + "\n"
-    assert "runs/chat is absent; this is demo/chat" in captured.err and f"about {picture.name};" in captured.err
+    assert "runs/chat is absent: this is demo/chat" in captured.err and f"picture: {picture.name} (" in captured.err
     assert world.TOPICS["chat"] in captured.err
     main(monkeypatch, "--prompt", "Hi", "--max-new-tokens", 3, "--image", picture)
-    assert picture.name not in capsys.readouterr().err
+    assert f"picture: {picture} (" in capsys.readouterr().err
     (clone / "runs/chat").mkdir(parents=True)  # such as that of a training that goes on
     assert "runs/chat: no run directory" in refused(monkeypatch, "--prompt", "Hi")
     shutil.rmtree(clone / "runs")

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,15 @@ def test_every_file_has_a_header():
 def test_every_file_has_a_test_of_its_name():
     tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
     assert {f"test_{name.split('.')[-1]}" for name in FILES} <= tests
+
+
+def test_commands_of_the_wings_also_run_by_their_path():
+    """`python tools/plan.py` finds the files above as `python -m tools.plan` does."""
+    commands = [path for name, path in FILES.items() if name.startswith(WINGS) and "run_command(main)" in path.read_text()]
+    for path in commands:
+        assert f"for `python {path.relative_to(ROOT)}`\n" in path.read_text(), path
+    done = subprocess.run([sys.executable, "tools/plan.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and len(commands) > 8, done.stderr
 
 
 def test_contributing_lists_every_file():

@@ -142,6 +142,17 @@ def test_attention_figure(run, tmp_path, monkeypatch, capsys):  # noqa: F811
     assert not (tmp_path / "x.png").exists()
 
 
+def test_all_words_are_drawn_on_one_scale_with_a_legend():
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    words = [("red", torch.full((16,), 0.01)), ("cross", torch.full((16,), 0.05)), ("at", torch.zeros(16))]
+    plots.draw_attention(figure, "Which?", torch.zeros(1, 3, 32, 32, dtype=torch.uint8), words)
+    picture, *panels, legend = figure.axes
+    scales = [axes.images[1].get_clim() for axes in panels]
+    assert scales == [(0, pytest.approx(0.05))] * 3 and legend.get_ylabel() == "attention of a word to one patch"
+    assert [axes.get_title() for axes in panels] == ["red  16%", "cross  80%", "at  0%"]
+    plots.draw_attention(pytest.importorskip("matplotlib.figure").Figure(), "No answer", torch.zeros(1, 3, 8, 8), [])
+
+
 # --- curves
 
 

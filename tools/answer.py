@@ -87,8 +87,10 @@ def plain(text) -> str:
     return str(text).strip().removesuffix(".").rstrip().casefold()
 
 
-def answer_questions(args: argparse.Namespace, model_path: Path):
+def answer_questions(args: argparse.Namespace):
     """chat.py with --questions: args are its arguments. All processes of torchrun take part."""
+    if not args.questions:
+        raise UserError("--answers and --images go with --questions; a conversation takes its picture as --image FILE")
     if not args.answers:
         raise UserError("--answers missing: name the file to write, such as answers.jsonl")
     if args.image:
@@ -97,20 +99,19 @@ def answer_questions(args: argparse.Namespace, model_path: Path):
     if args.images is None and any(question.get("image") for question in questions):
         raise UserError("--images missing: the questions have pictures; give their folder or zip")
     with processes() as (rank, world_size, device):
-        answer_with(args, model_path, questions, rank, world_size, device)
+        answer_with(args, questions, rank, world_size, device)
 
 
-def answer_with(args: argparse.Namespace, model_path: Path, questions: list[dict], rank: int, world_size: int,
-                device: torch.device):  # fmt: skip
+def answer_with(args: argparse.Namespace, questions: list[dict], rank: int, world_size: int, device: torch.device):
     if rank == 0:
-        print(f"loading {model_path}")
-    model, sp, _, autocast = checkpoint.open_run(model_path, device, TRAINED_BY, template=TEMPLATE)
+        print(f"loading {args.model}")
+    model, sp, _, autocast = checkpoint.open_run(args.model, device, TRAINED_BY, template=TEMPLATE)
     pictures = Pictures(args.images) if args.images else None
     encoder = Encoder(sp, model.vision.config.n_patches, model.vision.config.image_size, pictures)
     sampling = args.max_new_tokens, args.temperature, args.top_p, args.seed
     metadata = dict(zip(("max_new_tokens", "temperature", "top_p", "seed"), sampling))
-    metadata["projector_sha256"] = checkpoint.checksum(model_path / "projector.pth")[:16]
-    model_id = model_path.resolve().name
+    metadata["projector_sha256"] = checkpoint.checksum(args.model / "projector.pth")[:16]
+    model_id = args.model.resolve().name
 
     def as_line(index: str, text: str) -> str:
         question = questions[int(index)]
@@ -130,7 +131,7 @@ def answer_with(args: argparse.Namespace, model_path: Path, questions: list[dict
         answer_all(answers, prompts, keep, args.batch_size, rank, world_size, model, encoder, *sampling)
     if rank == 0:
         write_lines(args.answers, [as_line(str(i), answers[str(i)]) for i in range(len(questions))])
-        print(f"{args.answers}: {len(questions)} answers of {model_path}")
+        print(f"{args.answers}: {len(questions)} answers of {args.model}")
         scored = [plain(q["answer"]) == plain(answers[str(i)]) for i, q in enumerate(questions) if "answer" in q]
         if scored:
             percent = 100 * sum(scored) / len(scored)

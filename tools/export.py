@@ -16,10 +16,13 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python tools/export.py`
 
 import checkpoint
 from common import ArgumentParser, UserError, replacing, run_command, write_error, write_json

@@ -8,10 +8,13 @@ A run directory is for chat.py, eval_scienceqa.py and train.py --init-from, a ra
 LLAVA is a folder of the original release or of transformers, or, with --projector and --vision, a LLaMA's folder.
 """
 
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python tools/import_llava.py`
 
 import checkpoint
 from common import ArgumentParser, UserError, read_json, replacing, run_command

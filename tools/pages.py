@@ -13,11 +13,14 @@ import html
 import io
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from sentencepiece import SentencePieceProcessor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python tools/pages.py`
 
 import data
 from common import ArgumentParser, UserError, printable, replacing, run_command

@@ -8,8 +8,11 @@ LLaMA runs. On one H200 (`python -m bench.gpu`) the total was within 1 % of what
 micro-batches. A step of one micro-batch needs less, because its gradients replace its activations one by one.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python tools/plan.py`
 
 import checkpoint
 from common import ArgumentParser, number, run_command

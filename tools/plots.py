@@ -21,9 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python tools/plots.py`
+
 import checkpoint
 from chat import TRAINED_BY
-from common import ArgumentParser, UserError, number, printable, read_json, reason, replacing, run_command, write_error
+from common import ArgumentParser, UserError, number, printable, reason, replacing, run_command, write_error
 from conversation import IMAGE, IMAGE_ID, TEMPLATE, has_ended, surface, tokenize
 from data import REQUESTS
 from demo import world
@@ -184,30 +186,40 @@ def look(model: LLaVA, sp, pixels: torch.Tensor, prompt: str, max_new_tokens: in
 
 
 def draw_attention(figure, prompt: str, pixels: torch.Tensor, words: list[tuple[str, torch.Tensor]]):
-    """Draws the picture, then one panel per word. pixels: (1, 3, size, size) uint8; each word has weights (P,)."""
+    """Draws the picture, then one panel per word, all on one scale, from transparent (0) to red (the largest weight).
+
+    pixels: (1, 3, size, size) uint8; each word has weights (P,).
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.ticker import PercentFormatter
+
     picture = pixels[0].permute(1, 2, 0).numpy()  # (size, size, 3)
     grey = picture.mean(-1)
     columns = min(COLUMNS, 1 + len(words))
     rows = math.ceil((1 + len(words)) / columns)
-    figure.set_size_inches(2 * columns, 2.3 * rows + 0.4)
-    figure.suptitle(printable(prompt), parse_math=False)
+    figure.set_size_inches(2 * columns + 1, 2.3 * rows + 0.6)
+    figure.suptitle(f"{printable(prompt)}\neach word of the answer, and its attention to the whole picture",
+                    parse_math=False)  # fmt: skip
+    colours = LinearSegmentedColormap.from_list("attention", [(0.85, 0.1, 0.05, alpha) for alpha in (0, 1)])
+    largest = max((float(weights.max()) for _, weights in words), default=1.0)
     figure.add_subplot(rows, columns, 1, xticks=[], yticks=[]).imshow(picture)
     for i, (word, weights) in enumerate(words):
         n = math.isqrt(len(weights))  # patches a side
         axes = figure.add_subplot(rows, columns, 2 + i, xticks=[], yticks=[])
         axes.set_title(f"{word}  {weights.sum():.0%}", parse_math=False)
-        axes.imshow(grey, extent=(0, n, n, 0), cmap="gray", vmin=0, vmax=255)
-        axes.imshow(weights.view(n, n).numpy(), extent=(0, n, n, 0), cmap="magma", alpha=0.7, vmin=0)
+        axes.imshow(grey, extent=(0, n, n, 0), cmap="gray", vmin=-128, vmax=255)  # paler than the picture
+        drawn = axes.imshow(weights.view(n, n).numpy(), extent=(0, n, n, 0), cmap=colours, vmin=0, vmax=largest)
+    if words:
+        legend = figure.colorbar(drawn, ax=figure.axes, format=PercentFormatter(1, decimals=0), shrink=0.6, aspect=30)
+        legend.set_label("attention of a word to one patch")
 
 
 def attention_figure(args: argparse.Namespace):
     """The `attention` command: asks the run of --model about --image and writes the figure to --out."""
     if args.out.suffix.lower() != ".png":
         raise UserError(f"--out {args.out}: must name a file that ends in .png")
-    if args.image is None:
-        world.prepare()
-        first = read_json(world.FOLDER / "heldout.json", list)[0]
-        args.image = world.FOLDER / "images" / first["image"]
+    args.image = args.image or world.SCENE
+    args.model = args.model or world.default_run()
     with drawing(args.out) as figure:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model, sp, _, autocast = checkpoint.open_run(args.model, device, TRAINED_BY, template=TEMPLATE)
@@ -235,8 +247,8 @@ def parse_arguments() -> argparse.Namespace:
         add("run", type=Path, metavar="RUN", help="a run directory of train.py")
     purpose = "draw which patches each word of an answer looks at"
     add = commands.add_parser("attention", help=purpose).add_argument
-    add("--model", type=Path, metavar="RUN", default=Path("runs/chat"), help="a run directory")
-    add("--image", type=Path, metavar="FILE", help="the picture to show (default: the demo's first held-out scene)")
+    add("--model", type=Path, metavar="RUN", help="a run directory (default: runs/chat, or the chatbot in demo/)")
+    add("--image", type=Path, metavar="FILE", help="the picture to show (default: a held-out scene of the demo)")
     add("--prompt", metavar="TEXT", default=REQUESTS[0], help="the question")
     add("--layer", type=number(1), help="show the attention of this layer, from 1 (default: the mean of all layers)")
     add("--max-new-tokens", type=number(1), default=64, help="most tokens of the answer")

@@ -33,6 +33,8 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python tools/prepare_cc3m.py`
+
 from common import (
     ArgumentParser,
     UserError,
