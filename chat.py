@@ -61,7 +61,7 @@ class Chat:
 
             return TOPICS[self.settings["task"]]
         data = [Path(path).name for path in self.settings.get("data", ["unknown data"])]
-        return f"The model was trained for {self.task} on {', '.join(data)}; ask what these ask."
+        return f"The model was trained for {self.task} on {', '.join(data)}; ask questions like those."
 
     def look(self, path: str | Path | None):
         """Starts again, about this picture. Raises UserError if it cannot be read; then nothing changes."""
@@ -166,10 +166,10 @@ def add_arguments(parser: argparse.ArgumentParser):
         "models)")  # fmt: skip
     add("--temperature", type=number(0.0, 100.0), default=0.0, help="0 = always the most likely token; 1 = the "
         "model's distribution")  # fmt: skip
-    add("--top-p", type=number(1e-9, 1.0), default=1.0, help="sample among the most likely tokens of this probability; "
+    add("--top-p", type=number(1e-9, 1.0), default=1.0, help="sample from the top tokens of this total probability; "
         "1 = all")  # fmt: skip
-    add("--max-new-tokens", type=number(1), default=512, help="tokens after which an answer is cut")
-    add("--seed", type=number(0), default=0, help="of the sampling, if --temperature is not 0")
+    add("--max-new-tokens", type=number(1), default=512, help="most tokens of an answer")
+    add("--seed", type=number(0), default=0, help="seed of the sampling, if --temperature is not 0")
 
 
 def open_chat(args: argparse.Namespace) -> Chat:
@@ -189,7 +189,7 @@ def main():
     parser = ArgumentParser(__doc__)
     add_arguments(parser)
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--prompt", metavar="TEXT", help="print the answer to this and end (default: talk)")
+    add("--prompt", metavar="TEXT", help="print the answer to this question and end (default: a chat)")
     add("--questions", type=Path, metavar="FILE", help='answer all {"question_id", "image", "text"} of this file')
     add = parser.add_argument_group("with --questions").add_argument
     add("--answers", type=Path, metavar="FILE", help="the file of answers to write, or to complete")

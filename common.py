@@ -1,4 +1,4 @@
-"""Errors that end in one line, bars of progress, and files that appear complete or not at all."""
+"""Errors that end in one line, progress bars, and files that appear complete or not at all."""
 
 import argparse
 import contextlib
@@ -22,7 +22,7 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[], None]):
-    """Runs the `main` of a command line: a UserError prints its line, Ctrl-C and `| head` nothing, none a traceback."""
+    """Runs the `main` of a command. A UserError prints its line; Ctrl-C and a closed pipe (`| head`) print nothing."""
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # logs and pipes get each line at once
     try:
         main()
@@ -32,7 +32,7 @@ def run_command(main: Callable[[], None]):
     except KeyboardInterrupt:
         raise SystemExit(130) from None  # 128 + SIGINT, as shells report it
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to print would raise again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # printing the rest at exit would raise again
         raise SystemExit(141) from None  # 128 + SIGPIPE
 
 
@@ -63,7 +63,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def number(least: float, most: float = 2**63 - 1) -> Callable[[str], float]:
-    """A `type` of argparse: the numbers from `least` to `most`, whole numbers if `least` is an int."""
+    """A `type` for argparse that accepts numbers from `least` to `most`; whole numbers if `least` is an int."""
     kind = type(least)
 
     def parse(text: str) -> float:
@@ -101,7 +101,7 @@ def progress_bar(*arguments, **settings) -> tqdm:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Replaces each character that could act on the terminal, except those in `keep`, by U+FFFD.
+    """Replaces each character that could control the terminal, except those in `keep`, by U+FFFD.
 
     These are control characters, lone surrogates, line and paragraph separators, and marks of writing direction.
     """
@@ -119,7 +119,7 @@ def shorten(names: Iterable) -> str:
 def reason(error: BaseException) -> str:
     """The message of an exception in one line of at most 200 characters."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
-    text = re.sub(r".*inline_container.*unexpected pos.*", "no space left?", text)  # PyTorch's words for a full disk
+    text = re.sub(r".*inline_container.*unexpected pos.*", "no space left?", text)  # how PyTorch reports a full disk
     text = re.sub(r"Weights only load failed.*WeightsUnpickler error:\s*", "", text, flags=re.DOTALL)  # torch's advice
     return printable(text.split("\n")[0][:200])
 

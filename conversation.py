@@ -104,7 +104,7 @@ def split_at_picture(message: str) -> tuple[str, str]:
     if before.strip():
         before, mark, after = message.rpartition(IMAGE)
     if not mark or (before.strip() and after.strip()):
-        raise ValueError(f"its first message must start or end with {IMAGE}, its picture's place: {message!r:.60}")
+        raise ValueError(f"its first message must start or end with {IMAGE}, the place of its picture: {message!r:.60}")
     return before, after
 
 
@@ -134,7 +134,7 @@ def system_ids(sp: SentencePieceProcessor, system: str = SYSTEM) -> list[int]:
 
 
 def surface(sp: SentencePieceProcessor, ids: Iterable[int]) -> str:
-    """The exact characters of ids; skips patches, control symbols, and ids of rows that the vocabulary has to spare.
+    """The exact characters of ids; skips patches, control symbols, and ids of the vocabulary's spare rows.
 
     sp.decode drops the space at the start of a text, so a `#` stands before the ids while it decodes them.
     """
@@ -144,7 +144,7 @@ def surface(sp: SentencePieceProcessor, ids: Iterable[int]) -> str:
 
 def has_ended(sp: SentencePieceProcessor, ids: list[int]) -> bool:
     """True if these ids of an answer end with <STOP>, or with `</s>`, as models of later templates do."""
-    return ids[-1] == sp.eos_id() or STOP in surface(sp, ids[-len(STOP) :])  # `#` is a piece of its own at worst
+    return ids[-1] == sp.eos_id() or STOP in surface(sp, ids[-len(STOP) :])  # <STOP> has 3 pieces at most
 
 
 def answer_text(sp: SentencePieceProcessor, ids: list[int]) -> str:
@@ -179,7 +179,7 @@ def main():
     from tools.pages import open_samples  # which imports this file
 
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--index", type=int, default=0, metavar="I", help="which sample, from 0")
+    parser.add_argument("--index", type=int, default=0, metavar="I", help="number of the sample, from 0")
     args, sp, examples = open_samples(parser)
     if not 0 <= args.index < len(examples):
         raise UserError(f"--index {args.index}: the data has samples 0 to {len(examples) - 1}")

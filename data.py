@@ -73,16 +73,16 @@ def from_llava(record: dict, rng: random.Random) -> Example:
             raise ValueError(f'message {len(turns)} is {message!r:.80}; expected {{"from": "{role}", "value": text}}')
         turns.append(message["value"].replace("\r\n", "\n"))
     if len(turns) % 2 == 1:
-        raise ValueError("its last message is the human's: it has no answer to learn")
+        raise ValueError("its last message is from the human, so it has no answer to learn")
     image, marks = record.get("image"), sum(turn.count(IMAGE) for turn in turns)
     if image is not None:
         check_inside(image)
         split_at_picture(turns[0])
         if marks > 1:
-            raise ValueError(f"it has {marks} marks {IMAGE}; a sample has one picture")
+            raise ValueError(f"it has {marks} marks {IMAGE}, but a sample has one picture")
     elif IMAGE in turns[0]:
         keys = shorten(repr(key) for key in record if "image" in key.lower() and key != "image")
-        hint = f"; name its picture under 'image', as one text, not under {keys}" if keys else ""
+        hint = f"; give its picture as one path under 'image', not under {keys}" if keys else ""
         raise ValueError(f"its first message has {IMAGE}, but it has no 'image'{hint}")
     return Example(str(record.get("id", "")), turns, image)
 
@@ -95,7 +95,7 @@ def from_caption(record: dict, rng: random.Random) -> Example:
     image, caption = record.get("image"), record.get("caption")
     if not isinstance(caption, str) or not caption.strip():
         raise ValueError(f"its keys are {shorten(map(repr, record)) or 'none'}; expected `conversations`, or `image` "
-                         "and a text `caption`; for ScienceQA name the folder")  # fmt: skip
+                         "and a text `caption`; for ScienceQA, give the folder")  # fmt: skip
     check_inside(image)
     request = rng.choice(REQUESTS)
     human = f"{IMAGE}\n{request}" if rng.random() < 0.5 else f"{request}\n{IMAGE}"
@@ -190,7 +190,7 @@ class Examples:
             share = 1 / len(self.paths) if sampling == "uniform" else n / len(self)
             lines.append(f"{path}: {n:,} {kind}, {100 * share:.1f} % of the samples drawn")
         if self.absent_pictures:
-            lines.append(f"{len(self.absent_pictures)} pictures are absent; their problems are used without one")
+            lines.append(f"{len(self.absent_pictures)} pictures are absent; their problems are used without them")
         return lines
 
 
@@ -328,6 +328,7 @@ class Shares:
                 samples.append(self.encoder.encode(example))
             except ValueError as error:
                 share.errors.append(str(error))
+        samples.sort(key=lambda sample: len(sample.ids))  # StreamAttention computes equal lengths together
         share.micro_batches = [self.encoder.stream(group) for group in grouped(samples, self.limit)]
         share.green = sum(int(sample.green.sum()) for sample in samples)
         share.tokens = sum(len(sample.ids) for sample in samples)

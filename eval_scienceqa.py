@@ -136,7 +136,7 @@ def letter(text: str, n_choices: int) -> int:
     """The index of the choice that an answer names; -1 if it names none, several, or one that is not offered.
 
     The rule is that of the original's eval_science_qa.py. The answer is a letter, or it starts with `B. `, or the
-    regular expression below matches once; its point stands for any character. The first release had the expression
+    regular expression below matches once; its full stop matches any character. The first release had the expression
     only, and chose at random where this function returns -1.
 
     >>> letter("It swims. The answer is B.", 4), letter("B", 4), letter("The answer is Apple.", 4), letter("E", 4)
@@ -193,17 +193,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, metavar="RUN", default=Path("runs/scienceqa"), help="a run directory of stage 2")
     add("--data", type=Path, metavar="DIR", help="ScienceQA's folder: problems.json, ... (default: the demo's)")
-    add("--split", metavar="NAME", default="test", help="of pid_splits.json: test, val, minitest, ...")
+    add("--split", metavar="NAME", default="test", help="a split of pid_splits.json: test, val, minitest, ...")
     add("--batch-size", type=number(1), default=32, help="questions that a process answers at once")
-    add("--max-new-tokens", type=number(1), default=1024, help="tokens after which an answer is cut")
-    add("--out", type=Path, metavar="FILE", help="the JSON to write, beside it the page, .html "
+    add("--max-new-tokens", type=number(1), default=1024, help="most tokens of an answer")
+    add("--out", type=Path, metavar="FILE", help="the JSON file to write; the page goes beside it as .html "
         "(default: RUN/answers_SPLIT.json, or answers_SPLIT_swapped.json; PREDICTIONS_scored.json)")  # fmt: skip
-    add("--missing-pictures-as-text", action="store_true", help="ask problems without their absent pictures")
+    add("--missing-pictures-as-text", action="store_true", help="ask problems with absent pictures as text")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--predictions", type=Path, metavar="FILE", help="load no model, score these answers: {id: text}, an "
         "earlier --out, or the original's JSON lines")  # fmt: skip
-    add("--swap-pictures", action="store_true", help="show each problem the picture of the next one that has one: the "
-        "share that is still right did not need to be seen")  # fmt: skip
+    add("--swap-pictures", action="store_true", help="show each problem the picture of the next one that has one: "
+        "answers that are still right do not depend on the picture")  # fmt: skip
     args = parser.parse_args(argv)
     default = args.model / f"answers_{args.split}{'_swapped' if args.swap_pictures else ''}.json"
     if args.predictions:
@@ -212,7 +212,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.page, args.partial = args.out.with_suffix(".html"), args.out.with_name(f"{args.out.name}.partial")
     is_earlier = args.out.exists() and {"scores", "results"} <= read_json(args.out, dict).keys()
     if args.out == args.page or (not is_earlier and (args.out.exists() or args.page.exists())):
-        raise UserError(f"--out {args.out}: must name an earlier evaluation, or a new .json without an .html beside")
+        raise UserError(f"--out {args.out}: must name an earlier evaluation, or a new .json beside which no .html lies")
     return args
 
 

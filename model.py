@@ -19,7 +19,7 @@ heads, K key/value heads, hd = dim / H; P patches a picture, D width of the ViT;
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -177,47 +177,49 @@ def position_ids(borders: list[int], device: torch.device = CPU) -> torch.Tensor
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """softmax(q kᵀ / √hd) v, each token over itself and those before it: q, k, v (T, heads, hd) -> (T, H, hd)."""
-    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, heads, T, hd)
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    return out[0].transpose(0, 1)  # (T, H, hd)
+    """softmax(q kᵀ / √hd) v, each token over itself and earlier ones: (..., T, heads, hd) each -> (..., T, H, hd)."""
+    q, k, v = (t.transpose(-3, -2) for t in (q, k, v))  # (..., heads, T, hd)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[-3] != k.shape[-3])
+    return out.transpose(-3, -2)
 
 
 class StreamAttention:
     """Causal attention within each sample of a stream, and to the system message before it.
 
     Every sample is attended behind its own copy of the message. The copies' outputs are equal; those of the first copy
-    stay, and the others are dropped.
+    stay, and the others are dropped. Neighbours of equal length are attended together.
     """
 
     def __init__(self, borders: list[int]):
         self.S = borders[0]
         self.lengths = [end - start for start, end in pairwise(borders)]  # of the samples, without the message
+        self.runs = [(length, len(list(run))) for length, run in groupby(self.lengths)]  # (T, samples)
         self.ends: list[torch.Tensor] = []  # the varlen kernel's borders of q and of k, the same in all layers
 
     def after_message(self, t: torch.Tensor) -> list[torch.Tensor]:
-        """(N, heads, hd) -> a tensor (S+T, heads, hd) for each sample."""
-        message, *samples = t.split([self.S, *self.lengths])
-        return [torch.cat([message, sample]) for sample in samples]
+        """(N, heads, hd) -> a tensor (samples, S+T, heads, hd) for each run."""
+        message, *runs = t.split([self.S, *(T * n for T, n in self.runs)])
+        return [torch.cat([message.expand(n, *message.shape), run.unflatten(0, (n, T))], dim=1)
+                for run, (T, n) in zip(runs, self.runs)]  # fmt: skip
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int = 0) -> torch.Tensor:
         """q (N, H, hd), k and v (N, K, hd) -> (N, H, hd)."""
         if q.is_cuda and varlen_attn is not None and q.dtype != torch.float32:
             return self.by_varlen_kernel(q, k, v)
-        first, *others = map(causal_attention, *(self.after_message(t) for t in (q, k, v)))  # (S+T, H, hd) each
-        return torch.cat([first] + [out[self.S :] for out in others])
+        outs = list(map(causal_attention, *(self.after_message(t) for t in (q, k, v))))  # (samples, S+T, H, hd) each
+        return torch.cat([outs[0][0, : self.S], *(out[:, self.S :].flatten(0, 1) for out in outs)])
 
     def by_varlen_kernel(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """The same in one launch. The kernel aligns the last query of a sample with its last key, so the queries need
         no copy of the message: the first sample's are those of the message and its own."""
-        k, v = torch.cat(self.after_message(k)), torch.cat(self.after_message(v))  # (N + (B-1) S, K, hd)
+        k, v = (torch.cat([run.flatten(0, 1) for run in self.after_message(t)]) for t in (k, v))  # (N + (B-1) S, K, hd)
         lengths_q, lengths_k = [self.S + self.lengths[0], *self.lengths[1:]], [self.S + T for T in self.lengths]
         if not self.ends:
             self.ends = [to_device(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), q.device)
                          for lengths in (lengths_q, lengths_k)]  # fmt: skip
+        grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}  # PyTorch 2.11 does not know the flag
         return varlen_attn(q, k, v, *self.ends, max(lengths_q), max(lengths_k),
-                           window_size=(-1, 0),  # any distance to the left, none to the right
-                           enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
+                           window_size=(-1, 0), **grouped)  # any distance to the left, none to the right
 
 
 class KVCache:
@@ -242,7 +244,8 @@ class KVCache:
     def rows_of(self, t: torch.Tensor) -> torch.Tensor:
         """(N, K, hd) of the stream -> (B, K, room, hd), so that a step reads the positions of a head side by side."""
         rows = t.new_zeros(len(self.lengths), t.shape[1], self.longest + self.ROOM, t.shape[2])
-        for row, sample in zip(rows, self.stream.after_message(t)):
+        samples = [sample for run in self.stream.after_message(t) for sample in run]
+        for row, sample in zip(rows, samples):
             row[:, : len(sample)] = sample.transpose(0, 1)
         return rows
 

@@ -63,7 +63,7 @@ NEXT = {  # the command to give after a run
 MAX_GRAD_NORM = 1.0
 MAY_CHANGE = {  # flags that may differ when a run continues; what the paths of the inputs hold is compared instead
     "llama", "vision", "projector", "init_from", "data", "images", "max_length", "max_bad_samples", "workers",
-    "micro_batch_tokens", "parallel", "checkpoint_activations", "save_every", "log_every",
+    "micro_batch_tokens", "parallel", "checkpoint_activations", "deterministic", "save_every", "log_every",
 }  # fmt: skip
 STATE_BYTES, WEIGHT_BYTES = 12, 4  # of a parameter that trains: itself and AdamW's two moments, in float32; itself
 
@@ -284,7 +284,7 @@ def enter_run(args: argparse.Namespace, config: dict, earlier: dict) -> dict | N
                             "same settings, or another --out, or --no-resume to start again")  # fmt: skip
     for name, value in config["contents"].items():
         if earlier.get("contents", {}).get(name) != value:
-            raise UserError(f"{args.out}: began with another content of --{name}, or with a version that did not "
+            raise UserError(f"{args.out}: began with other content of --{name}, or with a version that did not "
                             "record it; give the same, or another --out, or --no-resume to start again")  # fmt: skip
     return state
 
@@ -316,8 +316,8 @@ def resume(out: Path, state: dict, net: torch.nn.Module, optimizer: torch.optim.
     except Exception as error:  # a damaged state raises nearly any error
         if distributed.outside_cause(error):
             raise
-        raise UserError(f"{out / 'state.pth'}: of another model or damaged ({reason(error)}); restore what the run "
-                        "began with, or give --no-resume to start again") from None  # fmt: skip
+        raise UserError(f"{out / 'state.pth'}: belongs to another model or is damaged ({reason(error)}); restore "
+                        "what the run began with, or give --no-resume to start again") from None  # fmt: skip
     by_process_0(lambda: drop_metrics_after(out / "metrics.jsonl", state["step"]))
     return state["step"]
 
@@ -372,8 +372,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     parser = ArgumentParser(__doc__)
     add = parser.add_argument_group("what trains").add_argument
-    add("--stage", type=int, choices=(1, 2), required=True, help="1: W trains; 2: W and the LLaMA train")
-    add("--task", choices=("chat", "scienceqa"), help="of stage 2: a chatbot or ScienceQA (default: chat)")
+    add("--stage", type=int, choices=(1, 2), required=True, help="1 trains W; 2 trains W and the LLaMA")
+    add("--task", choices=("chat", "scienceqa"), help="what stage 2 trains: chatbot or ScienceQA (default: chat)")
     add = parser.add_argument_group("inputs (without any: the demo)").add_argument
     add("--llama", metavar="DIR", help="LLaMA or Vicuna: Meta's raw folder, a Hugging Face folder, or a run of stage 2")
     add("--vision", metavar="PATH", help="CLIP: OpenAI's ViT-L-14.pt or a Hugging Face folder")
@@ -383,30 +383,32 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", nargs="+", metavar="PATH", help="LLaVA JSON (chat.json of CC3M-595K, llava_instruct_150k.json or its "
         "three parts), captions, or a ScienceQA folder")  # fmt: skip
     add("--images", metavar="PATH", help="folder or zip that holds the data's pictures")
-    add("--missing-pictures-as-text", action="store_true", help="use ScienceQA problems without their absent pictures")
+    add("--missing-pictures-as-text", action="store_true", help="use ScienceQA problems with absent pictures as text")
     add = parser.add_argument_group("the run").add_argument
     add("--out", metavar="DIR", help="run directory (default: runs/stage1, runs/chat or runs/scienceqa)")
     add("--epochs", type=number(1), help=f"passes over the data ({paper('epochs')})")
-    add("--batch-size", type=number(1), help=f"samples of a step, over all processes ({paper('batch_size')})")
-    add("--micro-batch-tokens", type=number(1), default=16384, help="positions that a process computes at once")
+    add("--batch-size", type=number(1), help=f"samples per step, over all processes ({paper('batch_size')})")
+    add("--micro-batch-tokens", type=number(1), default=16384, help="most positions that a process computes at once")
     add("--lr", type=number(0.0), help=f"peak learning rate ({paper('lr')})")
-    add("--warmup-ratio", type=number(0.0, 1.0), default=0.03, help="share of the steps in which the rate rises")
-    add("--max-length", type=number(1), default=2048, help="positions of a sample; longer ones lose their end")
+    add("--warmup-ratio", type=number(0.0, 1.0), default=0.03, help="share of steps in which the learning rate rises")
+    add("--max-length", type=number(1), default=2048, help="most positions of a sample; longer samples lose their end")
     add("--max-steps", type=number(1), help="stop after this many steps (default: after --epochs)")
-    add("--seed", type=number(0), default=0, help="of W's noise, the order of samples, and the requests for captions")
+    add("--seed", type=number(0), default=0, help="seed of W's noise, sample order and requests for captions")
     add("--sampling", choices=("uniform", "proportional"), help="draw each file of --data equally often, or each "
         f"sample once an epoch ({paper('sampling')})")  # fmt: skip
     add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="each process holds the whole model (ddp) or a "
         "share of its parameters, gradients and optimizer state (fsdp)")  # fmt: skip
     add("--precision", choices=("bf16", "fp32"), help="of matrix products (default: bf16 on GPUs since Ampere, and "
-        "on CPUs with units for it if the LLaMA is wide enough to gain; else fp32); fp32 on GPUs is TF32")  # fmt: skip
+        "on CPUs with units for it if the LLaMA is wide; else fp32, which is TF32 on GPUs)")  # fmt: skip
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue the run in --out")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the LLaMA's norms and "
         "feed-forward layers")  # fmt: skip
+    add("--deterministic", action=argparse.BooleanOptionalAction, default=False, help="the same bits in every run on "
+        "GPUs too, which takes longer")  # fmt: skip
     add("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
         help="recompute each block in the backward pass: less memory, more time")  # fmt: skip
     add("--save-every", type=number(0), default=500, help="steps between saved states; 0 = at the end only")
-    add("--max-bad-samples", type=number(0), default=0, help="how many samples to skip whose picture cannot be read")
+    add("--max-bad-samples", type=number(0), default=0, help="samples to skip, at most, whose picture cannot be read")
     add("--log-every", type=number(1), default=1, help="steps between lines of metrics.jsonl")
     add("--workers", type=number(0, 256), default=2, help="threads that read pictures ahead of the training; 0 = none")
     args = parser.parse_args(argv)
@@ -422,7 +424,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if not args.demo:
         check_inputs(args)
     elif args.images or args.projector:
-        raise UserError("--images and --projector go with --llama, --vision and --data; without these: the demo")
+        raise UserError("--images and --projector go with --llama, --vision and --data; the demo brings its own")
     return args
 
 
@@ -434,7 +436,7 @@ def check_inputs(args: argparse.Namespace):
         raise UserError(f"{' and '.join(missing)} missing: give --llama, --vision and --data, or --init-from and "
                         "--data, or none of them for the demo")  # fmt: skip
     if args.init_from and (args.llama or args.vision or args.projector):
-        raise UserError("--init-from brings the LLaMA, the ViT and W of its run; leave out --llama, --vision and "
+        raise UserError("--init-from takes the LLaMA, the ViT and W of that run; leave out --llama, --vision and "
                         "--projector")  # fmt: skip
 
 
@@ -474,7 +476,7 @@ def run(args: argparse.Namespace, rank: int, world_size: int, device: torch.devi
 
 def main():
     args = parse_arguments()
-    with distributed.processes() as (rank, world_size, device):
+    with distributed.processes(args.deterministic) as (rank, world_size, device):
         run(args, rank, world_size, device)
 
 

@@ -57,7 +57,7 @@ def preprocess(image: Image.Image, size: int) -> np.ndarray:
     """
     long = size * max(image.size) // min(image.size)
     if size * long > MAX_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} pixels: its sides differ too much to resize it")
+        raise ValueError(f"{image.width}x{image.height} pixels: its aspect ratio is too extreme to resize it")
     width, height = (size, long) if image.width <= image.height else (long, size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2

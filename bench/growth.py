@@ -2,8 +2,8 @@
 
     python bench/growth.py        # prints the speeds; writes bench/growth.json and, with matplotlib, bench/growth.png
 
-The speed is the number of positions of a training step per second, of this project and of `transformers` in turn (see
-run.py). Then train.py runs on the demo, in one process with all cores and in one process per core.
+The speed is the number of positions of a training step per second, of this project and of `transformers`, in fp32 and
+in bf16, in turn (see run.py). Then train.py runs on the demo, in one process with all cores and in one per core.
 """
 
 import json
@@ -19,13 +19,13 @@ from run import ROOT, SIZES, in_turn, make_model, make_work, sides_in
 from common import run_command, write_json
 
 HERE = Path(__file__).parent
-LABELS = {"ours": ("this project", "o-"), "theirs": ("transformers", "s--")}  # in the legend; marker and line
+SIDES = {f"{name}, {precision}": side for precision in ("fp32", "bf16")
+         for name, side in sides_in(precision, before=None).items()}  # fmt: skip
+STYLES = {"ours, fp32": "C0o--", "theirs, fp32": "C1s--", "ours, bf16": "C0o-", "theirs, bf16": "C1s-"}
 
-SIDES = sides_in("fp32", before=None)
 
-
-def positions_per_second(size: str, kind: str, n: int, length: int = 0, rounds: int = 3) -> dict[str, float]:
-    """Of both sides. The system message and the picture of each sample count, whether or not a side computes them."""
+def positions_per_second(size: str, kind: str, n: int, length: int = 0, rounds: int = 2) -> dict[str, float]:
+    """Of all sides. The system message and the picture of each sample count, whether or not a side computes them."""
     row = in_turn(SIDES, size, kind, n, rounds, length=length)
     samples, _ = make_work(kind, n, length)
     positions = sum(len(ids) for ids, _ in samples)
@@ -82,8 +82,8 @@ def plot(curves: list[dict], path: Path):
         return
     figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3.4), constrained_layout=True)
     for axis, curve in zip(axes, curves):
-        for name, (label, style) in LABELS.items():
-            axis.plot(curve["x"], curve[name], style, label=label, markersize=4)
+        for name, style in STYLES.items():
+            axis.plot(curve["x"], curve[name], style, label=name, markersize=4)
         axis.set(xscale="log", ylim=(0, None), title=curve["title"], xlabel=curve["label"])
         axis.set_xticks(curve["x"], [f"{x / 1e6:.0f} M" if x > 1e5 else str(x) for x in curve["x"]])
         axis.minorticks_off()

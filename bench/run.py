@@ -137,11 +137,14 @@ def hold_frozen(model: torch.nn.Module, precision: str):
 
 
 class Ours:
-    """Runs this project on one stream."""
+    """Runs this project on one stream, whose samples are sorted by length, as data.py sorts them for training."""
 
     def __init__(self, llava, kind: str, work, precision: str = "fp32"):
         self.model, self.kind, self.autocast = llava, kind, autocast(precision)
         samples, self.pixels = work
+        if kind != "answers":
+            order = sorted(range(len(samples)), key=lambda i: len(samples[i][0]))
+            samples, self.pixels = [samples[i] for i in order], self.pixels[order]
         system = samples[0][0][:SYSTEM]
         self.ids = torch.cat([system] + [ids[SYSTEM:] for ids, _ in samples])  # (N,)
         self.borders = torch.tensor([SYSTEM] + [len(ids) - SYSTEM for ids, _ in samples]).cumsum(0).tolist()

@@ -140,7 +140,7 @@ def load_projector(path: str | Path) -> dict[str, torch.Tensor]:
     weights = load_weights(path)
     embeddings = [name for name in weights if name.endswith("embed_tokens.weight")]
     if embeddings and is_process_0():
-        print(f"{path}: W is taken; {shorten(embeddings)} is left out, as this program adds no tokens")
+        print(f"{path}: loads W without {shorten(embeddings)}, because this program adds no tokens")
     return {name.split("mm_projector.")[-1]: weights[name] for name in weights if name not in embeddings}
 
 
@@ -315,7 +315,7 @@ def swap_pairs_and_halves(weight: torch.Tensor, rows: int, columns: int) -> torc
 
 
 def clip_config(width: int, layers: int, image_size: int, patch_size: int) -> dict:
-    """What config.json says of a CLIP ViT of these sizes."""
+    """The settings in config.json of a CLIP ViT of these sizes."""
     return {
         "hidden_size": width, "num_hidden_layers": layers, "image_size": image_size, "patch_size": patch_size,
         "num_attention_heads": width // HEAD_DIM, "intermediate_size": 4 * width, "hidden_act": "quick_gelu",

@@ -39,7 +39,7 @@ def merge(shards: list[dict[str, torch.Tensor]], path: Path) -> dict[str, torch.
         norm = parts[0].dim() < 2
         alike = len(parts) == len(shards) and len({(part.shape, part.dtype) for part in parts}) == 1
         if not alike or (norm and not all(torch.equal(part.float(), parts[0].float()) for part in parts[1:])):
-            raise UserError(f"{path}: {printable(name)[:120]} differs between the files; are all of the same model?")
+            raise UserError(f"{path}: {printable(name)[:120]} differs between the files; are they of one model?")
         along = 1 if name.split(".")[-2:][0] in SLICED_ALONG_1 else 0
         weights[name] = parts[0] if norm or len(parts) == 1 else torch.cat(parts, along)
     return weights
@@ -54,7 +54,7 @@ def llama_config(params: dict, path: Path) -> dict:
     """params.json -> the fields of LLaMAConfig."""
     params = {key: value for key, value in params.items() if value is not None and value is not False}
     if unknown := params.keys() - {*FIELDS, *FORMULA, *IGNORED}:
-        raise UserError(f"{path}: {shorten(unknown)} is no setting of LLaMA 1 or 2; use one of these")
+        raise UserError(f"{path}: {shorten(unknown)}: not a setting of LLaMA 1 or 2; use one of these")
     given = DEFAULTS | {"n_kv_heads": params.get("n_heads")} | params
     if given["vocab_size"] == -1:
         given["vocab_size"] = DEFAULTS["vocab_size"]

@@ -90,7 +90,7 @@ def open_picture(data: bytes) -> Image.Image:
         if image.width * image.height <= MAX_PIXELS:
             return turn_upright(to_rgb(image), image)
     except UnidentifiedImageError:
-        raise ValueError(f"not a readable picture (none of {', '.join(FORMATS)})") from None
+        raise ValueError(f"not a readable picture (its format is none of {', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:  # Pillow's own limit is higher; it also bounds what Image.open allocates
         raise ValueError(f"its pixels exceed the limit of {MAX_PIXELS}") from None
     except Exception as error:  # Pillow's decoders raise SyntaxError, EOFError, struct.error and others

@@ -52,21 +52,21 @@ def read_scienceqa(folder: Path, split: str = "train", absent: str = "refuse") -
         problems.append(problem)
     if absent_pictures and absent == "refuse":
         raise UserError(f"{folder}: {len(absent_pictures)} pictures are absent ({shorten(absent_pictures)}); "
-                        "unpack them there, or give --missing-pictures-as-text to do without")  # fmt: skip
+                        "unpack them there, or use their problems as text with --missing-pictures-as-text")  # fmt: skip
     return problems, absent_pictures
 
 
 def check_problem(id: str, entry: dict | None) -> dict:
     """A problem of problems.json with `id` and `image_path`; texts that are absent become "". Raises ValueError."""
     if not isinstance(entry, dict):
-        raise ValueError(f"problems.json does not hold it as an object, but {entry!r:.80}")
+        raise ValueError(f"its entry in problems.json is {entry!r:.80}, expected an object")
     problem = entry | {"id": id} | {key: entry.get(key) or "" for key in ("hint", "lecture", "solution", "image")}
     texts = [problem.get(key) for key in ("question", "split", "hint", "lecture", "solution", "image")]
     choices, answer = problem.get("choices"), problem.get("answer")
     if not isinstance(choices, list) or not all(isinstance(text, str) for text in texts + choices):
-        raise ValueError("its question, split, hint, lecture, solution, image and each of its choices must be texts")
+        raise ValueError("its question, split, hint, lecture, solution, image and each of its choices must be strings")
     if type(answer) is not int or not 0 <= answer < len(choices) <= len(LETTERS):
-        raise ValueError(f"`answer` is {answer!r:.80}; expected an index into its choices, {len(LETTERS)} at most")
+        raise ValueError(f"`answer` is {answer!r:.80}; expected an index into its choices (at most {len(LETTERS)})")
     problem["image_path"] = None
     if problem["image"]:
         problem["image_path"] = f"images/{problem['split']}/{id}/{problem['image']}"

@@ -63,7 +63,7 @@ def read(path: Path, head: bytes) -> Any:
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """The named tensors of a file, each contiguous and in memory of its own.
 
-    Else a tensor would change, or be saved, with another. Raises UserError unless each is dense and no larger than its
+    Tensors that share memory would change together. Raises UserError unless each is dense and no larger than its
     storage: a few bytes of a pickle can claim a tensor of any size, with stride 0.
     """
     weights = load_tensors(path)
@@ -73,7 +73,7 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
     for name, tensor in weights.items():
         dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
         if not dense or tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise UserError(f"{path}: {printable(str(name))[:120]} is no dense tensor or is larger than its storage; "
+            raise UserError(f"{path}: {printable(str(name))[:120]} is not dense or is larger than its storage; "
                             "save the weights as a plain dict of dense tensors")  # fmt: skip
         storage = tensor.untyped_storage()
         if storage.data_ptr() in taken or tensor.nbytes < storage.nbytes() or not tensor.is_contiguous():

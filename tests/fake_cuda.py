@@ -217,8 +217,23 @@ def varlen_backward(dout, q, k, v, out, sums, ends_q, ends_k, max_q, max_k, is_c
     return attention(q, k, v, ends_q, ends_k, dout)
 
 
+def varlen_attn(*tensors, enable_gqa: bool = False, **settings):
+    """PyTorch's function. That of PyTorch 2.11 takes grouped queries without the flag."""
+    function = torch.nn.attention.varlen.varlen_attn
+    flag = {"enable_gqa": enable_gqa} if "enable_gqa" in function.__kwdefaults__ else {}
+    return function(*tensors, **flag, **settings)
+
+
+def rms_norm_backward(dout, x, shape, scale, weight, wanted):
+    """The gradient of F.rms_norm without a weight. Some builds of PyTorch have it for GPUs only."""
+    assert weight is None and len(shape) == 1
+    y = x * scale
+    return scale * (dout - y * (dout * y).mean(-1, keepdim=True)), None
+
+
 KERNELS = {"torch_attn._varlen_attn.default": varlen_forward,
-           "torch_attn._varlen_attn_backward.default": varlen_backward}  # fmt: skip
+           "torch_attn._varlen_attn_backward.default": varlen_backward,
+           "aten._fused_rms_norm_backward.default": rms_norm_backward}  # fmt: skip
 
 
 # --- the machine
@@ -260,7 +275,7 @@ def gpu():
                                 is_current_stream_capturing=False).items():  # fmt: skip
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, value=value: value))
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", pin_memory))
-        stack.enter_context(mock.patch("model.varlen_attn", torch.nn.attention.varlen.varlen_attn))
+        stack.enter_context(mock.patch("model.varlen_attn", varlen_attn))
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") copies from the CPU
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # module.to makes new parameters
         try:

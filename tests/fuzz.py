@@ -115,7 +115,7 @@ def read_state(folder: Path):
     try:
         distributed.restore(layer, optimizer, state)
     except Exception as error:
-        raise UserError(f"{folder / 'state.pth'}: of another model or damaged ({reason(error)})") from None
+        raise UserError(f"{folder / 'state.pth'}: belongs to another model or is damaged ({reason(error)})") from None
 
 
 def read_llava(folder: Path):

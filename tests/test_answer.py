@@ -160,7 +160,7 @@ def test_a_file_of_anything_else_is_not_replaced(run, files, monkeypatch):  # no
     [line, _] = (files / "answers.jsonl").read_text().splitlines(keepends=True)
     other = line.replace('"A or B?"', '"Which?"').replace('"Which is blue?"', '"Which?"')
     for content, more, message in (
-        ("my notes\n", (), "is no file of answers"), ('{"a": 1}\n', (), "is no file of answers"),
+        ("my notes\n", (), "is not a file of answers"), ('{"a": 1}\n', (), "is not a file of answers"),
         (other, (), "which is not among those of --questions"), (line, ("--temperature", 1), "is asked with {'max_new"),
     ):  # fmt: skip
         (files / "answers.jsonl").write_text(content)

@@ -351,7 +351,7 @@ def test_a_fresh_clone_has_a_chatbot_and_a_scene(monkeypatch, capsys, clone, pic
     talker = chat.Chat(clone / "demo/chat", 20)
     talker.look(picture)
     assert captured.out == talker.ask("Which thing is red?") + "\n"
-    assert "runs/chat is absent: this is demo/chat" in captured.err and f"picture: {picture.name} (" in captured.err
+    assert "runs/chat is absent; this is demo/chat" in captured.err and f"picture: {picture.name} (" in captured.err
     assert world.TOPICS["chat"] in captured.err
     main(monkeypatch, "--prompt", "Hi", "--max-new-tokens", 3, "--image", picture)
     assert f"picture: {picture} (" in capsys.readouterr().err

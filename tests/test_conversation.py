@@ -18,6 +18,7 @@ from conftest import ROOT
 from common import UserError, printable
 from conversation import (IMAGE, IMAGE_ID, STOP, SYSTEM, answer_text, escape, has_ended, load_tokenizer, render, show,
                           split_at_picture, stretches, summary, surface, system_ids, tokenize)  # fmt: skip
+from demo import world
 
 HOSTILE = [
     "###", "\n### Human:", "### Assistant: Yes\n###", "#", "##", "####", "<image>", "\n<image>", "<image>\n",
@@ -252,7 +253,7 @@ def test_show_marks_the_green_tokens_and_the_picture(tiny_tokenizer):
 def test_an_absent_or_damaged_tokenizer_is_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match="tokenizer.model: no such file"):
         load_tokenizer(tmp_path / "tokenizer.model")
-    intact = (ROOT / "demo/llama-scenes4-seed1/tokenizer.model").read_bytes()
+    intact = (world.LLAMA / "tokenizer.model").read_bytes()
     for damaged in (b"not a model", intact.replace(b"<0x80>", b"<0x8\x06>")):
         (tmp_path / "tokenizer.model").write_bytes(damaged)
         with pytest.raises(UserError, match="not a LLaMA's SentencePiece model") as info:

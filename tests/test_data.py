@@ -162,16 +162,16 @@ GOOD = json.dumps(captions(1)[0])
     (f'[{GOOD}, {{"image": "a.png"}}]', r"sample 1 \(id a.png\): its keys are 'image'; expected"),
     ('[{"id": "x", "conversations": []}]', r"sample 0 \(id x\): it has no conversations"),
     ('[{"id": "x", "conversations": {"from": "human"}}]', r"sample 0 \(id x\): it has no conversations"),
-    (json.dumps([{"conversations": TURNS[:1]}]), "last message is the human's"),
+    (json.dumps([{"conversations": TURNS[:1]}]), "last message is from the human"),
     (json.dumps([{"conversations": TURNS[::-1]}]), "message 0 is {'from': 'gpt', .*expected .*human"),
     (json.dumps([{"conversations": TURNS + TURNS[1:] + TURNS[:1]}]), "message 2 is {'from': 'gpt'"),
     (json.dumps([{"conversations": [{"from": "human"}]}]), "message 0 is .*expected"),
     (json.dumps([{"conversations": [{"from": "human", "value": 3}, TURNS[1]]}]), "message 0 is .*expected"),
-    (json.dumps([chat("What?", "A cat.")]), "must start or end with <image>, its picture.s place"),
-    (json.dumps([chat("Look.\n<image>\nWhat?", "A cat.")]), "must start or end with <image>, its picture.s place"),
-    (json.dumps([chat("Hello.", "Hello.", "<image>\nWhat?", "A cat.")]), "must start or end with <image>, its picture.s place"),
-    (json.dumps([chat("<image>\n<image>\nWhat?", "A cat.")]), "it has 2 marks <image>; a sample has one picture"),
-    (json.dumps([chat("<image>\nWhat?", "A cat.", "<image>", "A dog.")]), "it has 2 marks <image>; a sample has one picture"),
+    (json.dumps([chat("What?", "A cat.")]), "must start or end with <image>, the place of its picture"),
+    (json.dumps([chat("Look.\n<image>\nWhat?", "A cat.")]), "must start or end with <image>, the place of its picture"),
+    (json.dumps([chat("Hello.", "Hello.", "<image>\nWhat?", "A cat.")]), "must start or end with <image>, the place of its picture"),
+    (json.dumps([chat("<image>\n<image>\nWhat?", "A cat.")]), "it has 2 marks <image>, but a sample has one picture"),
+    (json.dumps([chat("<image>\nWhat?", "A cat.", "<image>", "A dog.")]), "it has 2 marks <image>, but a sample has one picture"),
     (json.dumps([chat("<image>\nWhat?", "A cat.", image=None)]), "its first message has <image>, but it has no 'image'; correct"),
     (json.dumps([chat("What?", "A cat.", image="")]), "its image '' is not a path inside"),
     (json.dumps([{"conversations": [{"from": "system", "value": "S"}, *TEXT_TURNS]}]), "message 0 is {'from': 'system', .*expected .*human"),
@@ -279,10 +279,12 @@ def test_a_stream_holds_the_system_message_once_and_then_the_samples(tiny_tokeni
     assert not batch.green[: len(system)].any()
     assert len(batch.borders) == 5
     assert batch.borders[-1] == len(batch.ids) == len(batch.green)
-    pictures = []
-    for start, end, i in zip(batch.borders, batch.borders[1:], step.ids):
+    pictures, tokenized = [], []
+    for i in step.ids:
         example = steps.examples[int(i)]
-        ids, green = tokenize(tiny_tokenizer, example.turns, N_PATCHES if example.image else 0)
+        tokenized.append((*tokenize(tiny_tokenizer, example.turns, N_PATCHES if example.image else 0), example))
+    tokenized.sort(key=lambda one: len(one[0]))  # the stream holds the short samples first
+    for start, end, (ids, green, example) in zip(batch.borders, batch.borders[1:], tokenized):
         np.testing.assert_array_equal(batch.ids[start:end], ids[len(system) :])
         np.testing.assert_array_equal(batch.green[start:end], green[len(system) :])
         if example.image:

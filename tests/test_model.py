@@ -142,7 +142,7 @@ class OnGPU(torch.Tensor):
     is_cuda = True
 
 
-def varlen_reference(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, window_size, enable_gqa):
+def varlen_reference(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, window_size, enable_gqa=False):
     """The documented result of PyTorch's varlen_attn, by an explicit softmax: aligns the last rows of q and k."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and window_size == (-1, 0)
     assert (int(cu_seq_q[-1]), int(cu_seq_k[-1])) == (len(q), len(k)) and len(k) == len(v)

@@ -312,7 +312,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_damaged_picture_raises_the_reason(kind):
-    with pytest.raises(ValueError, match=r"not a readable picture \((none of JPEG, PNG, .*|\w+: .+)\)"):
+    with pytest.raises(ValueError, match=r"not a readable picture \((its format is none of JPEG, PNG, .*|\w+: .+)\)"):
         open_picture(BROKEN[kind])
 
 

@@ -406,7 +406,7 @@ def test_wrong_combinations_for_stage_2_are_refused(inputs, chat, tmp_path):
     for changes, message in (
         (dict(task="scienceqa"), "--data holds LLaVA conversations.*--task scienceqa"),
         (dict(init_from=tmp_path), "no run directory"),
-        (dict(llama=inputs / "llama"), "--init-from brings"),
+        (dict(llama=inputs / "llama"), "--init-from takes"),
     ):
         with pytest.raises(UserError, match=message):
             in_process(stage_2(inputs, chat, tmp_path / "x", **changes))
@@ -599,7 +599,7 @@ def test_a_damaged_state_is_refused_in_one_line(inputs, tmp_path):
     projector, state = (tmp_path / "projector.pth").read_bytes(), checkpoint.load_state(tmp_path)
     for model in ({"projector.weight": torch.zeros(3, 3)}, {}, state["model"] | {"llama.norm.weight": torch.ones(32)}):
         checkpoint.save_state(tmp_path, state | {"model": model}, 1)
-        with pytest.raises(UserError, match="state.pth: of another model or damaged .*--no-resume"):
+        with pytest.raises(UserError, match="state.pth: belongs to another model or is damaged .*--no-resume"):
             in_process(command)
     torch.save({"norm.weight": Bomb(str(tmp_path / "exploded"))}, tmp_path / "state.pth")
     with pytest.raises(UserError, match="state.pth: holds Python objects .*--no-resume"):
@@ -644,7 +644,7 @@ def test_inputs_may_move_but_not_change(inputs, tmp_path, flag, change):
     command = flags(inputs, tmp_path / "run", max_steps=2, images=tmp_path / "images", **moved)
     in_process(command)
     change(moved[flag])
-    with pytest.raises(UserError, match=f"began with another content of --{flag}"):
+    with pytest.raises(UserError, match=f"began with other content of --{flag}"):
         in_process(command)
 
 

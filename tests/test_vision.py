@@ -72,7 +72,7 @@ def test_a_picture_with_alpha_equals_clip():
 def test_a_picture_too_thin_to_resize_is_refused(size, monkeypatch):
     """Resized to 224 pixels, it would have more than MAX_PIXELS."""
     monkeypatch.setattr(Image.Image, "resize", lambda *_, **__: pytest.fail("it was resized"))
-    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} pixels: its sides differ too much"):
+    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} pixels: its aspect ratio is too extreme"):
         preprocess(open_picture(encoded(Image.new("RGB", size))), 224)
 
 

@@ -114,7 +114,7 @@ def test_walkthrough_starts_from_the_first_record_of_the_demo(tmp_path, monkeypa
     assert open_picture((tmp_path / "demo" / "images" / record["image"]).read_bytes()).tobytes() == drawn.tobytes()
 
 
-@pytest.mark.parametrize("document", ["docs/walkthrough.md", "README.md"])
+@pytest.mark.parametrize("document", ["docs/walkthrough.md", "docs/paper.md"])
 def test_documents_name_existing_functions(document):
     """Documents write `file.py` `name`, `another`."""
     text = (ROOT / document).read_text(encoding="utf-8")

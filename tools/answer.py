@@ -38,8 +38,8 @@ def read_questions(path: Path) -> list[dict]:
     for i, question in enumerate(questions):
         id, text, image = (question.get(name) for name in ("question_id", "text", "image"))
         if not isinstance(id, (str, int)) or not isinstance(text, str) or not text.strip():
-            raise UserError(f"{path}: question {i} is {json.dumps(question)[:200]}; expected question_id (a text or an "
-                            "integer), text, and image unless it has no picture")  # fmt: skip
+            raise UserError(f"{path}: question {i} is {json.dumps(question)[:200]}; expected question_id (a string or "
+                            "an integer), text, and, with a picture, image")  # fmt: skip
         try:
             if image is not None:
                 check_inside(image)
@@ -61,7 +61,7 @@ def earlier_answers(path: Path, questions: list[dict], model_id: str, metadata: 
         with contextlib.suppress(ValueError):  # a line that a kill cut off
             answer = json.loads(line)
             if not isinstance(answer, dict) or not ANSWER_KEYS <= answer.keys():
-                raise UserError(f"{path}: exists and is no file of answers; name another --answers")
+                raise UserError(f"{path}: exists and is not a file of answers; name another --answers")
             if answer["model_id"] != model_id or answer["metadata"] != metadata:
                 raise UserError(f"{path}: holds answers of {answer['model_id']} with {answer['metadata']}; {model_id} "
                                 f"is asked with {metadata}; name another --answers")  # fmt: skip
@@ -72,7 +72,7 @@ def earlier_answers(path: Path, questions: list[dict], model_id: str, metadata: 
             answers[index] = answer["text"]
             intact.append(line)
     if lines and not intact:
-        raise UserError(f"{path}: exists and is no file of answers; name another --answers")
+        raise UserError(f"{path}: exists and is not a file of answers; name another --answers")
     write_lines(path, intact)
     return answers
 

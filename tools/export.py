@@ -263,7 +263,7 @@ def tokenizer_config(sp) -> dict:
 def tokenizer_json(sp, image_id: int) -> dict:
     """SentencePiece's BPE model in the format of `tokenizers`.
 
-    Raises UserError if a special token is missing, or if one of PROBES is tokenized otherwise than by SentencePiece.
+    Raises UserError if a special token is missing, or if it tokenizes one of PROBES differently from SentencePiece.
     """
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import Tokenizer
@@ -304,7 +304,7 @@ def tokenizer_json(sp, image_id: int) -> dict:
     theirs = Tokenizer.from_str(json.dumps(tokenizer))
     for text in PROBES:
         if theirs.encode(text, add_special_tokens=False).ids != sp.encode(text):
-            raise UserError(f"the run's tokenizer has no equal in `tokenizers`, which tokenizes {text!r} otherwise")
+            raise UserError(f"`tokenizers` cannot reproduce the run's tokenizer: it splits {text!r} differently")
     return tokenizer
 
 

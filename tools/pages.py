@@ -168,9 +168,9 @@ def open_samples(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, S
     add = parser.add_argument
     add("--data", nargs="+", metavar="PATH", help="LLaVA JSON, captions, or a ScienceQA folder (default: the demo's "
         "captions)")  # fmt: skip
-    add("--split", default="train", help="of a ScienceQA folder: a name in its pid_splits.json")
+    add("--split", default="train", help="a split of a ScienceQA folder, as its pid_splits.json names it")
     add("--tokenizer", metavar="FILE", help="tokenizer.model of a LLaMA (default: the demo's)")
-    add("--patches", type=int, help="positions of a picture (default: the demo's; 256 with --tokenizer)")
+    add("--patches", type=int, help="positions that a picture takes (default: the demo's; 256 with --tokenizer)")
     args = parser.parse_args()
     if args.patches is None:
         args.patches = 256 if args.tokenizer else world.N_PATCHES
@@ -198,7 +198,7 @@ def main():
     parser = ArgumentParser(__doc__, prog="python -m tools.pages")
     add = parser.add_argument
     add("--images", metavar="PATH", help="folder or zip that the data's picture paths are relative to")
-    add("--index", type=index_range, nargs="+", metavar="I", help="which samples, from 0: numbers, and ranges such as "
+    add("--index", type=index_range, nargs="+", metavar="I", help="samples, from 0: numbers, and ranges such as "
         "3-5 (default: 0)")  # fmt: skip
     add("--out", type=Path, metavar="FILE", required=True, help="the HTML file to write")
     args, sp, examples = open_samples(parser)

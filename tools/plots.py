@@ -251,7 +251,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--image", type=Path, metavar="FILE", help="the picture to show (default: a held-out scene of the demo)")
     add("--prompt", metavar="TEXT", default=REQUESTS[0], help="the question")
     add("--layer", type=number(1), help="show the attention of this layer, from 1 (default: the mean of all layers)")
-    add("--max-new-tokens", type=number(1), default=64, help="cut the answer after this number of tokens")
+    add("--max-new-tokens", type=number(1), default=64, help="most tokens of the answer")
     add("--out", type=Path, metavar="FILE", default=Path("attention.png"), help="the PNG to write")
     return parser.parse_args()
 
