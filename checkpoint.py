@@ -277,10 +277,18 @@ def load_run(run: str | Path, dtype: torch.dtype | None = torch.float32,
     return llava, open_tokenizer(tokenizer_path(llama), llava.llama.config), config
 
 
+def has_bf16(device: torch.device) -> bool:
+    """False for GPUs before Ampere, on which many operations in bf16 fail."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def open_run(run: str | Path, device: torch.device, trained_by: str, **expected) -> tuple:
-    """A run directory for use: the frozen model, tokenizer, config, and the autocast context of its precision."""
+    """A run directory for use: the frozen model, tokenizer, config, and the autocast context of its precision.
+
+    A GPU without bf16 computes a run of bf16 in fp32.
+    """
     model, sp, config = load_run(run, None, trained_by=trained_by, **expected)
-    bf16 = config.get("precision") == "bf16"
+    bf16 = config.get("precision") == "bf16" and has_bf16(device)
     model.to(device, torch.bfloat16 if bf16 else torch.float32).requires_grad_(False)
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN would plan its attention anew for each length of the cache
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()

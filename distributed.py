@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from checkpoint import has_bf16
 from common import UserError, reason
 from model import LLaVA, to_device
 
@@ -36,8 +37,14 @@ FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_fro
 
 
 @contextlib.contextmanager
-def processes() -> Iterator[tuple[int, int, torch.device]]:
-    """Joins the processes that torchrun started; yields rank, world size and device. An error ends all processes."""
+def processes(deterministic: bool = False) -> Iterator[tuple[int, int, torch.device]]:
+    """Joins the processes that torchrun started; yields rank, world size and device. An error ends all processes.
+
+    deterministic: GPUs compute the same bits in every run; CPUs do so anyway.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True)
     rank, world_size, device = start_processes()
     try:
         yield rank, world_size, device
@@ -78,6 +85,9 @@ def start_processes() -> tuple[int, int, torch.device]:
             raise UserError(f"--nproc_per_node: process {local_rank + 1} of this machine has no GPU; start at most "
                             f"{torch.cuda.device_count()}")  # fmt: skip
         device = torch.device("cuda", local_rank)
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+            # Micro-batches of many lengths leave gaps in the allocator's memory that no other one fits.
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     else:
@@ -99,7 +109,7 @@ def start_processes() -> tuple[int, int, torch.device]:
 def default_precision(device: torch.device, dim: int) -> str:
     """"bf16" or "fp32", whichever computes faster a LLaMA of this width."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+        return "bf16" if has_bf16(device) else "fp32"
     from tools import fast_cpu
 
     return "bf16" if fast_cpu.has_bf16_units() and dim >= fast_cpu.WIDE else "fp32"
@@ -180,7 +190,8 @@ def shard(model: LLaVA, device: torch.device, dtype: torch.dtype) -> nn.Module:
     for module in (*llama.layers, llama.output, llama.tok_embeddings, llama.norm):
         trains = next(module.parameters()).requires_grad
         policy = float32 if module in (llama.tok_embeddings, llama.norm) else compute
-        fully_shard(module.to(device, torch.float32 if trains else None), mesh=mesh, mp_policy=policy)
+        module.to(device).to(torch.float32 if trains else None)  # a GPU converts faster than a CPU
+        fully_shard(module, mesh=mesh, mp_policy=policy)
     model.vision.to(device)
     model.projector.to(device)
     fully_shard(model, mesh=mesh, mp_policy=float32, ignored_params=set(model.vision.parameters()))

@@ -63,7 +63,7 @@ NEXT = {  # the command to give after a run
 MAX_GRAD_NORM = 1.0
 MAY_CHANGE = {  # flags that may differ when a run continues; what the paths of the inputs hold is compared instead
     "llama", "vision", "projector", "init_from", "data", "images", "max_length", "max_bad_samples", "workers",
-    "micro_batch_tokens", "parallel", "checkpoint_activations", "save_every", "log_every",
+    "micro_batch_tokens", "parallel", "checkpoint_activations", "deterministic", "save_every", "log_every",
 }  # fmt: skip
 STATE_BYTES, WEIGHT_BYTES = 12, 4  # of a parameter that trains: itself and AdamW's two moments, in float32; itself
 
@@ -403,6 +403,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue the run in --out")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the LLaMA's norms and "
         "feed-forward layers")  # fmt: skip
+    add("--deterministic", action=argparse.BooleanOptionalAction, default=False, help="the same bits in every run on "
+        "GPUs too, which takes longer")  # fmt: skip
     add("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
         help="recompute each block in the backward pass: less memory, more time")  # fmt: skip
     add("--save-every", type=number(0), default=500, help="steps between saved states; 0 = at the end only")
@@ -474,7 +476,7 @@ def run(args: argparse.Namespace, rank: int, world_size: int, device: torch.devi
 
 def main():
     args = parse_arguments()
-    with distributed.processes() as (rank, world_size, device):
+    with distributed.processes(args.deterministic) as (rank, world_size, device):
         run(args, rank, world_size, device)
 
 

@@ -5,7 +5,8 @@
     python -m bench.gpu --tiny                       # a rehearsal at tiny sizes, also on a CPU
 
     parity       losses, gradients, answers and the varlen kernel against fp32 on the CPU
-    runs         the demo, ddp, fsdp, resuming, evaluation and chat by the command lines
+    runs         ddp, fsdp, resuming, evaluation and chat by the command lines
+    demo         the demo's stage 1 with its exam
     steps        training steps of a 7B and a 13B with ViT-L/14, and of transformers on the same samples
     generation   32 answers of a 7B and a 13B, and of transformers
     compile      the steps of a 7B with --compile
@@ -51,7 +52,7 @@ import train  # noqa: E402
 from common import ArgumentParser, run_command, write_json  # noqa: E402
 from conversation import load_tokenizer  # noqa: E402
 from data import Encoder, Sample, grouped  # noqa: E402
-from demo.world import FOLDER, LLAMA, VISION  # noqa: E402
+from demo.world import FOLDER, LLAMA, VISION, prepare  # noqa: E402
 from model import LLaMA, LLaMAConfig, LLaVA, StreamAttention  # noqa: E402
 from tools import plan  # noqa: E402
 from vision import VisionConfig, VisionTransformer  # noqa: E402
@@ -128,7 +129,7 @@ def waits_of(function: Callable, *arguments) -> Counter:
             function(*arguments)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    found = [w for w in caught if "synchroniz" in str(w.message)]
+    found = [w for w in caught if "called a synchronizing" in str(w.message)]
     return Counter(f"{Path(w.filename).name}:{w.lineno}" for w in found)
 
 
@@ -439,17 +440,30 @@ def generation(size: str, theirs: bool = True) -> Rows:
         with contextlib.suppress(Exception):
             row |= profile(llava, batch, 8)
         yield row
+    [batch] = streams(encoder, (samples, pixels), 10**6)
+    lengths: list[int] = []
+
+    def has_ended(ids: list[int]) -> bool:
+        """Ends each answer at a length that its first token draws."""
+        if ends := len(ids) >= 1 + ids[0] % NEW_TOKENS:
+            lengths.append(len(ids))
+        return ends
+
+    moments = answer(llava, batch, NEW_TOKENS, has_ended)
+    seconds = moments[-1] - moments[0]
+    yield dict(what=f"{size}: {PROMPTS} answers of many lengths", steps=len(moments) - 1, seconds=seconds,
+               tokens_s=sum(lengths) / seconds, lengths=len(set(lengths)), **peaks())  # fmt: skip
     if theirs:
         yield from their_generation(llava, size, samples, pixels)
 
 
-def answer(llava: LLaVA, batch, n: int) -> list[float]:
+def answer(llava: LLaVA, batch, n: int, has_ended: Callable = lambda ids: False) -> list[float]:
     """The moments at which the work begins and at which each token is there."""
     synchronize()
     moments = [time.perf_counter()]
     with torch.autocast(DEVICE.type, torch.bfloat16), torch.inference_mode():
         ids, _, borders, pixels = batch.to(DEVICE)
-        for _ in llava.generate(ids, borders, pixels, lambda ids: False, n):
+        for _ in llava.generate(ids, borders, pixels, has_ended, n):
             moments.append(time.perf_counter())
     return moments
 
@@ -538,7 +552,7 @@ def largest_difference(one: list[float], other: list[float]) -> float:
 
 
 def runs(seconds: float = 200, **_) -> Rows:
-    """The demo's stage 1 as a user runs it, then the other commands at once, each for a few steps."""
+    """Many commands at once, each for a few steps."""
     folder = Path(tempfile.mkdtemp(prefix="bench-gpu-"))
     try:
         yield from runs_in(folder, time.monotonic() + seconds)
@@ -549,25 +563,28 @@ def runs(seconds: float = 200, **_) -> Rows:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def demo(**_) -> Rows:
+    """The demo's stage 1, as a user runs it, with its exam."""
+    with tempfile.TemporaryDirectory() as place:
+        out, log = Path(place, "stage1"), Path(place, "log")
+        short = ["--max-steps", 3] if TINY else []
+        status, seconds = command("train.py", "--stage", 1, "--out", out, *short, limit=110, log=log)
+        losses = losses_of(out)
+        yield dict(what="demo, stage 1", status=status, seconds=seconds, steps=len(losses), loss=losses[-1:],
+                   tail=tail(log, 700))  # fmt: skip
+
+
 def runs_in(folder: Path, deadline: float) -> Rows:
     def left() -> float:
         return max(1.0, deadline - time.monotonic())
 
-    short = ["--max-steps", 3] if TINY else []
-    demo = ["train.py", "--stage", 1, "--out", folder / "stage1", *short]
-    status, seconds = command(*demo, limit=left(), log=folder / "a")
-    losses = losses_of(folder / "stage1")
-    yield dict(what="demo, stage 1", status=status, seconds=seconds, steps=len(losses), loss=losses[-1:],
-               tail=tail(folder / "a", 700))  # fmt: skip
-    if status:
-        return
-
+    prepare()
     few = ["--max-steps", 3 if TINY else 12, "--log-every", 1, "--workers", 1]
     data = ["--data", FOLDER / "conversation.json", "--images", FOLDER / "images"]
     backbones = ["--llama", LLAMA, "--vision", VISION]
     captions = ["--data", FOLDER / "captions.json", "--images", FOLDER / "images"]
     first = ["train.py", "--stage", 1, *backbones, *captions, *few]
-    second = ["train.py", "--stage", 2, "--init-from", folder / "stage1", *data, *few, "--lr", 1e-3]
+    second = ["train.py", "--stage", 2, *backbones, *data, *few, "--lr", 1e-3]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 1]
     found: dict[str, tuple[int, float]] = {}
 
@@ -592,23 +609,26 @@ def runs_in(folder: Path, deadline: float) -> Rows:
 
     def quiz():
         data = ["--data", FOLDER / "scienceqa"]
-        start("scienceqa", *second[:5], "--task", "scienceqa", *data, *few, *out("scienceqa"))
+        start("scienceqa", *second[:3], *backbones, "--task", "scienceqa", *data, *few, *out("scienceqa"))
         start("evaluation", "eval_scienceqa.py", "--model", folder / "scienceqa", *data, "--split", "val",
               "--max-new-tokens", 8, "--batch-size", 64)  # fmt: skip
-
-    def talk():
-        start("chat", "chat.py", "--model", folder / "stage1", "--image", next((FOLDER / "images").glob("test-*.png")),
-              "--prompt", "What is this?", "--max-new-tokens", 20)  # fmt: skip
+        picture = next((FOLDER / "images").glob("test-*.png"))
+        start("chat", "chat.py", "--model", folder / "scienceqa", "--image", picture, "--prompt", "What is this?",
+              "--max-new-tokens", 80)  # fmt: skip
 
     deterministic = ["--deterministic"] if "--deterministic" in (ROOT / "train.py").read_text() else []
-    work = [killed_and_continued, quiz, talk]
+    work = [killed_and_continued, quiz]
+    fp32 = ["--precision", "fp32"]
     for name, arguments in {
         "plain": [*second, *out("plain")],
         "again": [*second, *out("again")],
         "ddp": [*torchrun, *second, *out("ddp"), "--parallel", "ddp"],
         "fsdp": [*torchrun, *second, *out("fsdp"), "--parallel", "fsdp"],
         "fsdp_ckpt": [*torchrun, *second, *out("fsdp_ckpt"), "--parallel", "fsdp", "--checkpoint-activations"],
-        "fp32": [*second, *out("fp32"), "--precision", "fp32"],
+        "fp32": [*second, *out("fp32"), *fp32],
+        "fp32_ddp": [*torchrun, *second, *out("fp32_ddp"), *fp32, "--parallel", "ddp"],
+        "fp32_fsdp": [*torchrun, *second, *out("fp32_fsdp"), *fp32, "--parallel", "fsdp"],
+        "fp32_compiled": [*second, *out("fp32_compiled"), *fp32, "--compile"],
         "fsdp_stage1": [*torchrun, *first, *out("fsdp_stage1"), "--parallel", "fsdp"],
         "stage1_short": [*first, *out("stage1_short")],
         "compiled": [*second, *out("compiled"), "--compile"],
@@ -626,8 +646,13 @@ def runs_in(folder: Path, deadline: float) -> Rows:
         status, seconds = found[name]
         row = dict(what=name, status=status, seconds=seconds)
         if (folder / name).is_dir() and name not in ("plain", "scienceqa", "stage1_short"):
-            reference = losses_of(folder / "stage1_short") if name == "fsdp_stage1" else plain
-            row["loss_difference"] = largest_difference(losses_of(folder / name), reference)
+            reference = plain
+            if name.endswith("stage1"):
+                reference = losses_of(folder / "stage1_short")
+            elif name.startswith("fp32_"):
+                reference = losses_of(folder / "fp32")
+            losses = losses_of(folder / name)
+            row |= dict(first=largest_difference(losses[:2], reference[:2]), all=largest_difference(losses, reference))
         log = folder / f"{name}.log"
         if log.is_file() and (status or name in ("chat", "evaluation")):
             row["tail"] = tail(log, 500)
@@ -661,6 +686,7 @@ class Job:
 
 JOBS = {
     "runs": Job("runs", runs, limit=210, alone=False),
+    "demo": Job("demo", demo, limit=120),
     "parity": Job("parity", parity, limit=90, alone=False),
     "waits": Job("parity", waits, limit=60, alone=False),
     "7B stage 1": Job("steps", steps, dict(size="7B", stage=1, limits=[4096, 8192, 16384], theirs=True)),

