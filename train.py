@@ -398,8 +398,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         f"sample once an epoch ({paper('sampling')})")  # fmt: skip
     add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="each process holds the whole model (ddp) or a "
         "share of its parameters, gradients and optimizer state (fsdp)")  # fmt: skip
-    add("--precision", choices=("bf16", "fp32"), help="of matrix products (default: bf16 on GPUs since Ampere, and "
-        "on CPUs with units for it if the LLaMA is wide; else fp32, which is TF32 on GPUs)")  # fmt: skip
+    add("--precision", choices=("bf16", "fp32"), help="dtype of matrix products (default: bf16 on GPUs since Ampere, "
+        "and on CPUs with units for it if the LLaMA is wide enough; else fp32, which is TF32 on GPUs)")  # fmt: skip
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue the run in --out")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the LLaMA's norms and "
         "feed-forward layers")  # fmt: skip
