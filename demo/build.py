@@ -1,9 +1,8 @@
 """The recipe of the demo's two backbones: a LLaMA with its tokenizer, and a ViT.
 
 The LLaMA learns from text alone. In the place of a picture its texts describe the scene in words, so that it learns to
-look things up there. The ViT learns from pictures and captions by contrast, as CLIP does, and to predict the form of
-what each patch shows. Both see more of the world than the demo does (wide.py), so that they suit other pictures and
-words, too. They train separately, in two processes of one thread: only stage 1 connects them, by W.
+look things up there. The ViT learns from pictures and captions by contrast, as CLIP does. They train separately: only
+stage 1 connects them, by W.
 
     python -m demo.build                     # replaces the backbones beside this file
     python -m demo.build --out DIR
@@ -13,11 +12,9 @@ words, too. They train separately, in two processes of one thread: only stage 1 
 import functools
 import io
 import math
-import multiprocessing
 import random
 import sys
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -29,7 +26,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python demo/build.py`
 
@@ -37,39 +33,28 @@ from checkpoint import load_run, load_vision, save_llama, save_run
 from common import ArgumentParser, UserError, progress_bar, replacing, run_command
 from conversation import IMAGE_ID, load_tokenizer, render, system_ids, tokenize
 from data import from_caption, from_scienceqa, options_line
-from demo import wide, world
-from demo.wide import Shown, WideThing
-from demo.world import ABSENT, ATTRIBUTES, PLACES, Scene, Thing, draw_scene, empty_places
+from demo import world
+from demo.world import ATTRIBUTES, PLACES, Scene, draw_scene, empty_places
 from formats.records import LETTERS
 from model import LLaMA, LLaMAConfig, causal_attention, position_ids
 from vision import VisionConfig, VisionTransformer, normalize
 
-VOCAB, N_BYTES = 1152, 3 + 256  # the first pieces are <unk>, <s>, </s> and the bytes
+VOCAB, N_BYTES = 1024, 3 + 256  # the first pieces are <unk>, <s>, </s> and the bytes
 LLAMA_CONFIG = LLaMAConfig(dim=128, n_layers=4, n_heads=8, n_kv_heads=8, ffn_dim=352, vocab_size=VOCAB, norm_eps=1e-5)
-VISION_CONFIG = VisionConfig(image_size=world.PIXELS, patch_size=wide.PATCH, width=128, layers=5)
+VISION_CONFIG = VisionConfig(image_size=world.PIXELS, patch_size=8, width=128, layers=4)
 PATCHES_ACROSS = world.PIXELS // VISION_CONFIG.patch_size  # a row has 6 patches, two for each place
 TEXT_LAYERS = 2  # layers of the text encoder that trains the ViT
 MUON_LR = 5e-3  # peak learning rate of the matrices in the LLaMA's blocks
-VIT_STEPS, VIT_BATCH, VIT_LR = 4000, 128, 1.5e-3
-CHANGED = dict(size=2, style=2, colour=2, shape=4, place=1)  # frequencies in a family; shapes are the hardest to see
+VIT_STEPS, VIT_BATCH, VIT_LR = 1000, 128, 1.5e-3
 FAMILY = 8  # a ViT batch consists of families, whose scenes differ in one attribute
 PATCHES_OF_A_THING = 4  # a place covers 2 x 2 patches
-WIDE_FAMILIES = 0.625  # share of the families; the other scenes are those of the demo
-COARSE = 4  # pixels across a patch that the form loss predicts
-FORM_WEIGHT = 1.0  # of the form loss
-MAX_WORDS = len(wide.ATTRIBUTES) + 1  # the most words at one position of a description
+MAX_WORDS = len(ATTRIBUTES) + 1  # the most words at one position of a description
 
-# The words that a question can ask for.
+# The words that a question of the world can ask for.
 CANDIDATES = (*world.COLOURS, *world.SHAPES, *PLACES, *world.HABITATS, *world.NAMES, *world.GOODS, *world.TEXTS,
               *world.SIZES)  # fmt: skip
-THINGS = tuple(dict.fromkeys((*(word for values in wide.ATTRIBUTES.values() for word in values), *ABSENT)))
-SPELLINGS = ("gray", "center", *(word.capitalize() for word in (*wide.COLOURS, *wide.OUTLINES, *PLACES)))
-SINGLE_PIECES = tuple(dict.fromkeys((*THINGS, *CANDIDATES, *SPELLINGS, "blank")))
-# Words that make an answer right.
-DECISIVE = (*CANDIDATES, *THINGS, *SPELLINGS, *world.NUMBERS, *wide.NUMBER_WORDS, "Zero", "One", "Two", "Three", "Four",
-            *LETTERS[:5], "Yes", "No", "Nothing", "I", "yes", "nothing")  # fmt: skip
-MIX = dict(caption=3, conversation=4, detail=2, reasoning=2, quiz=5, drill=6, wide=8)  # frequencies of texts
-CHAT_MIX = dict(caption=1, conversation=10, detail=1, reasoning=1, quiz=3, drill=2, wide=5)  # of the last lesson
+DECISIVE = (*CANDIDATES, *world.NUMBERS, "Yes", "No", "Nothing", *LETTERS[:5])  # words that make an answer right
+MIX = dict(caption=3, conversation=5, detail=1, reasoning=2, quiz=5, drill=6)  # frequencies of the LLaMA's texts
 
 Description = list[list[tuple[str, float]]]  # of a scene: for each position, words and their weights
 
@@ -81,7 +66,7 @@ def drill_letters(rng: random.Random, most: int, questions: int = 1) -> list[str
     """Questions for the letter of one of 2 to `most` options."""
     words = rng.sample(CANDIDATES, rng.randint(2, most))
     asked = rng.choices(range(len(words)), k=questions)
-    turns = [(f"Which option is {words[i]}?", f"{words[i]}. The answer is {LETTERS[i]}.") for i in asked]
+    turns = [(f"Which is {words[i]}?", f"{words[i]}. The answer is {LETTERS[i]}.") for i in asked]
     return with_text(options_line(words), turns)
 
 
@@ -97,36 +82,23 @@ def with_text(text: str, turns: list[tuple[str, str]]) -> list[str]:
     return [f"{text}\n{messages[0]}", *messages[1:]]
 
 
-def draw_conversation(rng: random.Random, mix: dict[str, int]) -> tuple[list[str], Scene | None]:
-    """A conversation about the world, and its scene; `<image>` marks where the scene's description goes.
-
-    mix: the frequencies of its kinds.
-    """
-    kind = rng.choices(list(mix), list(mix.values()))[0]
+def draw_conversation(rng: random.Random) -> tuple[list[str], Scene | None]:
+    """A conversation about the world, and its scene; `<image>` marks where the scene's description goes."""
+    kind = rng.choices(list(MIX), list(MIX.values()))[0]
     if kind == "drill":
         return (drill_letters(rng, 4, 3) if rng.random() < 0.6 else drill_facts(rng, 3)), None
     if kind == "quiz":
         problem, scene = world.quiz_problem(rng)
         record = problem | dict(id="", image_path=problem["image"])
         return from_scienceqa(record, rng).turns, scene
-    if kind == "wide":
-        wide_scene = wide.draw_scene(rng, nouns=0.3)
-        if rng.random() < 0.2:
-            record = {"image": "picture.png", "caption": wide.caption(wide_scene, rng)}
-            return from_caption(record, rng).turns, wide_scene
-        return world.with_picture(wide.conversation(wide_scene, rng), rng), wide_scene
     scene = draw_scene(rng)
     if kind == "caption":
         return from_caption({"image": "picture.png", "caption": world.caption(scene, rng)}, rng).turns, scene
-    turns = world.conversation(scene, world.draw_kinds(kind, rng), rng)
-    return world.with_picture(world.messages_of(turns), rng), scene
+    converse = dict(conversation=world.conversation, detail=world.detail, reasoning=world.reasoning)[kind]
+    return world.with_picture(converse(scene, rng), rng), scene
 
 
 # --- descriptions of a scene in words, in the place of a picture
-
-
-def words_of(thing: Thing) -> list[str]:
-    return list(vars(thing).values())
 
 
 def describe_in_words(scene: Scene, rng: random.Random) -> Description:
@@ -137,9 +109,9 @@ def describe_in_words(scene: Scene, rng: random.Random) -> Description:
     words = []
     for t in rng.sample(scene, len(scene)):
         words += ["blank"] * rng.choice((0, 0, 1, 2, 4))
-        others = [word for word in words_of(t) if word != t.place]
+        others = [t.size, t.colour, t.shape]
         rng.shuffle(others)
-        others += rng.choices(words_of(t), k=rng.randint(0, 4))
+        others += rng.choices([t.size, t.colour, t.shape, t.place], k=rng.randint(0, 4))
         words.append(t.place)
         for word in others:
             if rng.random() < 0.1:
@@ -159,18 +131,18 @@ def describe_in_mixtures(scene: Scene, rng: random.Random) -> Description:
     mixtures = [[("blank", rng.uniform(0.4, 1.2)), (place, rng.uniform(0, 1.2))] for place in places]
     for t in scene:
         for _ in range(rng.randint(3, 6)):
-            words = [word for word in words_of(t) if rng.random() < 0.85] or [t.place]
+            words = [word for word in vars(t).values() if rng.random() < 0.85] or [t.place]
             mixtures.append([(word, rng.uniform(0.4, 1.2)) for word in words])
     for mixture in mixtures:
         if rng.random() < 0.3:
             other = rng.choice(scene)
-            mixture.append((rng.choice(words_of(other)), rng.uniform(0, 0.3)))
+            mixture.append((rng.choice(list(vars(other).values())), rng.uniform(0, 0.3)))
     return rng.sample(mixtures, len(mixtures))
 
 
 def describe_in_sums(scene: Scene, rng: random.Random) -> Description:
-    """Puts the sum of a thing's words at one position."""
-    return [[(word, 1.0) for word in words_of(t)] for t in rng.sample(scene, len(scene))]
+    """Puts the sum of a thing's four words at one position."""
+    return [[(word, 1.0) for word in vars(t).values()] for t in rng.sample(scene, len(scene))]
 
 
 class Text(NamedTuple):
@@ -246,14 +218,13 @@ def find_things(sp: SentencePieceProcessor, rng: random.Random, progress: float)
         return encode_text(sp, drill_letters(rng, 5) if draw < 0.8 else drill_facts(rng), [])
     scene = draw_scene(rng, counts=(2,))
     while True:
-        turn = world.short_question(scene, rng)
-        if turn.answer.startswith(("It is", "A ")):  # names an attribute
-            messages = world.with_picture(world.messages_of([turn]), rng)
-            return encode_text(sp, messages, describe_in_sums(scene, rng))
+        turns = world.with_picture(list(world.question_and_answer(scene, rng)), rng)
+        if turns[1].startswith(("It is", "A ")):  # names an attribute
+            return encode_text(sp, turns, describe_in_sums(scene, rng))
 
 
-def read_everything(sp: SentencePieceProcessor, rng: random.Random, progress: float, mix: dict[str, int] = MIX) -> Text:
-    turns, scene = draw_conversation(rng, mix)
+def read_everything(sp: SentencePieceProcessor, rng: random.Random, progress: float) -> Text:
+    turns, scene = draw_conversation(rng)
     if scene is None:
         return encode_text(sp, turns, [])
     describe = describe_in_mixtures if rng.random() < 0.85 else describe_in_words
@@ -278,13 +249,8 @@ LESSONS = (
     Lesson("facts", functools.partial(retell_facts, n=3), steps=250, batch_size=64, lr=4e-3, system=False),
     Lesson("letters", find_letters, steps=400, batch_size=64, lr=2e-3),
     Lesson("scenes", find_things, steps=450, batch_size=64, lr=4e-3),
-    Lesson("all", read_everything, steps=4600, batch_size=32, lr=1e-3, other_words=0.1, cosine=True),
-    Lesson("facts again", functools.partial(retell_facts, n=2), steps=300, batch_size=64, lr=2e-3, system=False),
-    Lesson("facts again", functools.partial(retell_facts, n=3), steps=300, batch_size=64, lr=2e-3, system=False),
-    Lesson("facts at last", functools.partial(retell_facts, n=3), steps=500, batch_size=64, lr=2e-3, system=False),
-    Lesson("chat", functools.partial(read_everything, mix=CHAT_MIX), steps=1600, batch_size=32, lr=1e-3,
-           other_words=0.1, cosine=True),
-)  # fmt: skip
+    Lesson("all", read_everything, steps=3600, batch_size=32, lr=1e-3, other_words=0.1, cosine=True),
+)
 
 
 # --- the tokenizer and the LLaMA
@@ -295,7 +261,7 @@ def train_tokenizer(path: Path) -> SentencePieceProcessor:
     rng = random.Random(f"tokenizer {world.SEED}")
     lines = []
     for _ in range(8000):
-        turns, scene = draw_conversation(rng, MIX)
+        turns, scene = draw_conversation(rng)
         text = "".join(render(turns, scene is not None)[:2])
         lines += text.split("\n")  # no piece contains a newline: the tokenizer spells it as a byte
         if scene:
@@ -304,53 +270,47 @@ def train_tokenizer(path: Path) -> SentencePieceProcessor:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, vocab_size=VOCAB, model_type="bpe",
         byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=True, remove_extra_whitespaces=False,
-        split_digits=True, user_defined_symbols=["###", *("\u2581" + word for word in SINGLE_PIECES)],
+        split_digits=True, user_defined_symbols=["###"] + ["\u2581" + p for p in PLACES if "-" in p],
         required_chars="".join(map(chr, range(33, 127))), minloglevel=2,
     )  # fmt: skip
     with replacing(path) as file:
         file.write(model.getvalue())
     sp = load_tokenizer(path)
-    for word in SINGLE_PIECES:
+    for word in [word for values in ATTRIBUTES.values() for word in values] + ["blank"]:
         assert sp.encode(word) == [sp.piece_to_id("\u2581" + word)] != [sp.unk_id()], f"{word} is not one piece"
     return sp
 
 
 class PaddedAttention:
-    """Computes the same as StreamAttention, by padding groups of neighbouring samples to rectangles.
+    """Computes the same as StreamAttention, by padding the samples to a rectangle of B rows.
 
-    It is faster for many short samples on a CPU, most of all if neighbours have similar lengths. It needs as many
-    key/value heads as query heads.
+    It is faster for many short samples on a CPU. It needs as many key/value heads as query heads.
     """
-
-    ROWS = 8  # samples of a rectangle
 
     def __init__(self, borders: list[int]):
         self.shared = borders[0]
-        self.rectangles = []  # for each: its slice of the stream; row and column of each token; the mask
-        for first in range(0, len(borders) - 1, self.ROWS):
-            ends = borders[first : first + self.ROWS + 1]
-            lengths = torch.tensor(ends).diff()  # (B,)
-            S, T = self.shared, int(lengths.max())
-            places = (torch.arange(T) < lengths[:, None]).nonzero(as_tuple=True)
-            # Added to the scores: large and negative where a key comes after the query. Padding is at the end of a row.
-            mask = torch.full((T, S + T), -1e4).triu(S + 1)
-            self.rectangles.append((slice(ends[0], ends[-1]), len(lengths), places, mask))
+        self.lengths = torch.tensor(borders).diff()  # (B,)
+        S, T = self.shared, int(self.lengths.max())
+        self.places = (torch.arange(T) < self.lengths[:, None]).nonzero(as_tuple=True)  # row, column of each token
+        # Added to the scores: large and negative where a key comes after the query. Padding is at the end of a row.
+        self.mask = torch.full((T, S + T), -1e4).triu(S + 1)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int = 0) -> torch.Tensor:
         """q, k, v (N, H, hd) -> (N, H, hd)."""
-        S, outs = self.shared, []
+        S, B = self.shared, len(self.lengths)
+        k_shared, v_shared = (t[:S].transpose(0, 1).expand(B, -1, -1, -1) for t in (k, v))  # (B, H, S, hd) each
+        rows_q, rows_k, rows_v = (self.pad(t[S:]) for t in (q, k, v))  # (B, H, T, hd) each
+        rows_k, rows_v = torch.cat([k_shared, rows_k], 2), torch.cat([v_shared, rows_v], 2)  # (B, H, S+T, hd) each
+        scores = (rows_q / q.shape[-1] ** 0.5) @ rows_k.transpose(2, 3) + self.mask.to(q.dtype)  # (B, H, T, S+T)
+        out = (scores.softmax(-1, dtype=q.dtype) @ rows_v).transpose(1, 2)[self.places]  # (N - S, H, hd)
         if S:
-            outs.append(causal_attention(q[:S], k[:S], v[:S]))
-        for part, B, places, mask in self.rectangles:
-            T = len(mask)
-            k_shared, v_shared = (t[:S].transpose(0, 1).expand(B, -1, -1, -1) for t in (k, v))  # (B, H, S, hd) each
-            rows_q, rows_k, rows_v = (  # (B, H, T, hd) each, zeros after the end of each sample
-                t.new_zeros(B, T, *t.shape[1:]).index_put(places, t[part]).transpose(1, 2) for t in (q, k, v)
-            )
-            rows_k, rows_v = torch.cat([k_shared, rows_k], 2), torch.cat([v_shared, rows_v], 2)  # (B, H, S+T, hd) each
-            scores = (rows_q / q.shape[-1] ** 0.5) @ rows_k.transpose(2, 3) + mask.to(q.dtype)  # (B, H, T, S+T)
-            outs.append((scores.softmax(-1, dtype=q.dtype) @ rows_v).transpose(1, 2)[places])
-        return torch.cat(outs)  # (N, H, hd)
+            out = torch.cat([causal_attention(q[:S], k[:S], v[:S]), out])  # (N, H, hd)
+        return out
+
+    def pad(self, t: torch.Tensor) -> torch.Tensor:
+        """(N - S, H, hd) -> (B, H, T, hd), zeros after the end of each sample."""
+        rows = t.new_zeros(len(self.lengths), int(self.lengths.max()), *t.shape[1:])
+        return rows.index_put(self.places, t).transpose(1, 2)
 
 
 def new_llama() -> LLaMA:
@@ -371,9 +331,9 @@ def warm_up_and_decay(step: int, steps: int) -> float:
     return warm_up * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def train_llama(tokenizer: Path) -> LLaMA:
+def train_llama(sp: SentencePieceProcessor) -> LLaMA:
     """A LLaMA that starts from noise and minimises the loss of green tokens, on text alone."""
-    llama, sp = new_llama(), load_tokenizer(tokenizer)
+    llama = new_llama()
     for lesson in LESSONS:
         train_lesson(llama, sp, lesson)
     return llama
@@ -411,7 +371,6 @@ def loss_of_texts(llama: LLaMA, texts: list[Text], shared: int,
 
     shared: length of the system message, which starts every text and stands in the stream once.
     """
-    texts = sorted(texts, key=lambda text: len(text.ids))  # for PaddedAttention
     parts = [Text(*(array[:shared] for array in texts[0]))]
     parts += [Text(*(array[shared:] for array in text)) for text in texts]
     # (N, MAX_WORDS), (N, MAX_WORDS), (N,)
@@ -433,15 +392,11 @@ def loss_of_texts(llama: LLaMA, texts: list[Text], shared: int,
 
 
 class Contrast(nn.Module):
-    """The ViT, and what only its training needs: a text encoder and the heads of three losses.
+    """The ViT, and what only its training needs: a text encoder and the heads of two contrastive losses.
 
     The first loss is CLIP's, between the class token and the caption. It does not make a patch represent what it
     shows. The second one does, after FILIP: between the patches of layer -2 and the caption's phrases. The similarity
     of a phrase and a picture is the mean over the patches that are most similar, as many as a thing covers.
-
-    Both teach what the captions name. The third one makes a patch represent the form of any thing: linear
-    maps predict, from each patch of layer -2 that shows a thing, the thing's form, box and colour, and from every patch
-    its pixels.
     """
 
     def __init__(self):
@@ -461,17 +416,14 @@ class Contrast(nn.Module):
         nn.init.normal_(self.text.tok_embeddings.weight, std=0.3)
         self.patch_head = nn.Linear(width, width, bias=False)
         self.phrase_head = nn.Linear(width, width, bias=False)
-        self.form_head = nn.Linear(width, wide.FORM**2 + 6)
-        self.pixel_head = nn.Linear(width, 3 * COARSE**2)
         self.log_scales = nn.Parameter(torch.tensor([2.3, 2.3]))  # of the two losses
         self.outputs = []  # of the last two blocks, (B, P+1, D) each
         for block in list(self.vit.transformer.get_submodule("resblocks").children())[-2:]:
             block.register_forward_hook(lambda block, args, output: self.outputs.append(output))
 
-    def forward(self, pixels: torch.Tensor, captions: list[list[int]], phrase_ends: torch.Tensor,
-                shown: list[Shown]) -> tuple[list[torch.Tensor], torch.Tensor]:  # fmt: skip
-        """The similarities of the two contrastive losses, float32, (B, B) each: a row for each picture, a column for
-        each caption; and the third loss.
+    def forward(self, pixels: torch.Tensor, captions: list[list[int]],
+                phrase_ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """The similarities of the two losses, float32, (B, B) each: a row for each picture, a column for each caption.
 
         pixels (B, 3, size, size) uint8; captions: B lists of ids; phrase_ends (N,) bool over all their tokens.
         """
@@ -484,88 +436,54 @@ class Contrast(nn.Module):
         pictures = F.normalize(self.vit.ln_post(last) @ self.vit.proj, dim=-1)  # type: ignore[operator]  # (B, D)
         texts = F.normalize(x[torch.tensor(borders[1:]) - 1], dim=-1)  # (B, D), at each caption's last token
         by_picture = pictures @ texts.T  # (B, B)
-        form_loss = self.form_loss(patches, pixels, shown)
         patches = F.normalize(self.patch_head(patches), dim=-1).flatten(0, 1)  # (B*P, D)
         phrases = F.normalize(self.phrase_head(x[phrase_ends]), dim=-1)  # (phrases, D)
         nearest = (phrases @ patches.T).unflatten(1, (len(captions), -1)).topk(PATCHES_OF_A_THING).values
         nearest = nearest.mean(-1).float()  # (phrases, B)
         n_phrases = [int(phrase_ends[start:end].sum()) for start, end in pairwise(borders)]
         by_phrase = torch.stack([rows.mean(0) for rows in nearest.split(n_phrases)], dim=1)  # (B, B)
-        return [by_picture.float(), by_phrase], form_loss
-
-    def form_loss(self, patches: torch.Tensor, pixels: torch.Tensor, shown: list[Shown]) -> torch.Tensor:
-        """The squared errors of the predictions from patches (B, P, D), in units of about their variance."""
-        things = torch.from_numpy(np.stack([s.thing for s in shown]))  # (B, P)
-        rows, columns = (things >= 0).nonzero(as_tuple=True)  # of the patches that show a thing
-        first = torch.tensor(list(accumulate((len(s.forms) for s in shown), initial=0)))[rows]
-        chosen = first + things[rows, columns]
-        forms, boxes, fills = (torch.from_numpy(np.concatenate(arrays))[chosen] for arrays in list(zip(*shown))[1:])
-        at = torch.stack([columns % PATCHES_ACROSS, columns // PATCHES_ACROSS], 1)
-        middles = VISION_CONFIG.patch_size * (at + 0.5)
-        offsets = (boxes[:, :2] - middles) / boxes[:, 2:]  # of the thing's centre, in radii
-        truth = torch.cat([2 * forms - 1, 2 * fills - 1, offsets, (boxes[:, 2:] / 6).log()], 1)  # (n, FORM² + 6)
-        predicted = self.form_head(patches[rows, columns]).float()
-        return F.mse_loss(predicted, truth) + F.mse_loss(self.pixel_head(patches).float(), coarse_patches(pixels))
-
-
-def coarse_patches(pixels: torch.Tensor) -> torch.Tensor:
-    """(B, 3, size, size) uint8 -> (B, P, 3 * COARSE²), the patches with fewer pixels, of variance about 1."""
-    fewer = F.avg_pool2d(pixels / 64.0 - 2, VISION_CONFIG.patch_size // COARSE)
-    return F.unfold(fewer, COARSE, stride=COARSE).transpose(1, 2)
+        return by_picture.float(), by_phrase
 
 
 def neighbours(scene: Scene, n: int, rng: random.Random) -> list[Scene]:
     """n scenes, the given one first; the others differ from it in one attribute of one thing."""
-    attributes = wide.ATTRIBUTES if isinstance(scene[0], WideThing) else ATTRIBUTES
     family = [scene]
     while len(family) < n:
         i = rng.randrange(len(scene))
-        attribute = rng.choices(list(attributes), [CHANGED[name] for name in attributes])[0]
-        changed = replace(scene[i], **{attribute: rng.choice(attributes[attribute])})
+        attribute = rng.choices(list(ATTRIBUTES), (2, 2, 4, 1))[0]  # shapes are the hardest to see
+        changed = replace(scene[i], **{attribute: rng.choice(ATTRIBUTES[attribute])})
         other = world.in_order([*scene[:i], changed, *scene[i + 1 :]])
         if world.is_scene(other) and not world.is_held_out(other) and other not in family:
             family.append(other)
     return family
 
 
-def draw_pictures(scenes: Iterable[Scene], rng: random.Random) -> tuple[torch.Tensor, list[Shown]]:
-    """Pixels (B, 3, size, size) uint8, and what their patches show: nothing known, for the scenes of the demo."""
-    pictures, shown = [], []
-    for scene in scenes:
-        if isinstance(scene[0], WideThing):
-            picture, patches = wide.draw_picture(scene, rng)  # type: ignore[arg-type]
-        else:
-            picture, patches = world.draw_picture(scene, rng), wide.NOTHING_KNOWN
-        pictures.append(np.asarray(picture))
-        shown.append(patches)
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), shown
+def pixels_of(scenes: Iterable[Scene], rng: random.Random) -> torch.Tensor:
+    """(B, 3, size, size) uint8."""
+    pictures = np.stack([np.asarray(world.draw_picture(scene, rng)) for scene in scenes])  # (B, size, size, 3)
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2)
 
 
-def train_vit(tokenizer: Path) -> dict[str, torch.Tensor]:
+def train_vit(sp: SentencePieceProcessor) -> dict[str, torch.Tensor]:
     """A ViT that starts from noise; its state dict has OpenAI's names and includes ln_post and proj."""
     torch.manual_seed(world.SEED)
     rng = random.Random(f"vit {world.SEED}")
-    model, sp = Contrast(), load_tokenizer(tokenizer)
+    model = Contrast()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
     after_phrase = [sp.encode("top" + mark)[1] for mark in (",", " and", ".")]  # the token that follows a phrase
     mean_loss = None
     bar = progress_bar(range(VIT_STEPS), "ViT")
     for step in bar:
         counts = (1,) if step < 0.1 * VIT_STEPS else (1, 2, 2, 3, 3)
-        scenes, texts = [], []
-        for i in range(VIT_BATCH // FAMILY):
-            module = wide if i < WIDE_FAMILIES * VIT_BATCH // FAMILY else world
-            family = neighbours(module.draw_scene(rng, counts=counts), FAMILY, rng)
-            scenes += family
-            for scene in family:
-                texts.append(f"{module.caption(scene, rng)[:-1]} and nothing at the {rng.choice(empty_places(scene))}.")
-        pixels, shown = draw_pictures(scenes, rng)
+        families = [neighbours(draw_scene(rng, counts=counts), FAMILY, rng) for _ in range(VIT_BATCH // FAMILY)]
+        scenes = [scene for family in families for scene in family]
+        pixels = pixels_of(scenes, rng)
+        texts = [f"{world.caption(s, rng)[:-1]} and nothing at the {rng.choice(empty_places(s))}." for s in scenes]
         captions = [sp.encode(text) for text in texts]
         phrase_ends = torch.tensor([following in after_phrase for ids in captions for following in [*ids[1:], 0]])
-        # Of few tokens, PyTorch's fused attention is slow backwards on a CPU.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            similarities, form_loss = model(pixels, captions, phrase_ends, shown)
-        loss, pairs = FORM_WEIGHT * form_loss, torch.arange(len(scenes))  # picture i belongs to caption i
+        with torch.autocast("cpu", torch.bfloat16):
+            similarities = model(pixels, captions, phrase_ends)
+        loss, pairs = torch.zeros(()), torch.arange(len(scenes))  # picture i belongs to caption i
         for similarity, scale in zip(similarities, model.log_scales.exp().clamp(max=100)):
             rows, columns = scale * similarity, scale * similarity.T
             loss = loss + (F.cross_entropy(rows, pairs) + F.cross_entropy(columns, pairs)) / 4
@@ -577,66 +495,41 @@ def train_vit(tokenizer: Path) -> dict[str, torch.Tensor]:
         optimizer.step()
         accuracy = [f"{(similarity.argmax(1) == pairs).float().mean():.0%}" for similarity in similarities]
         mean_loss = loss.item() if mean_loss is None else 0.95 * mean_loss + 0.05 * loss.item()
-        bar.set_postfix(loss=f"{mean_loss:.3f}", form=f"{form_loss.item():.3f}", accuracy="/".join(accuracy),
-                        refresh=False)  # fmt: skip
+        bar.set_postfix(loss=f"{mean_loss:.3f}", accuracy="/".join(accuracy), lr=f"{lr:.1e}", refresh=False)
     return {f"visual.{name}": p.detach() for name, p in model.vit.state_dict().items()}
 
 
-def things_at_patches(scene: Scene, shown: Shown) -> list[Thing | None]:
-    """The thing that each patch shows."""
-    if isinstance(scene[0], WideThing):
-        return [scene[i] if i >= 0 else None for i in shown.thing]
-    at_place = {t.place: t for t in scene}
-    places = [PLACES[row // 2 * 3 + column // 2] for row, column in np.ndindex(PATCHES_ACROSS, PATCHES_ACROSS)]
-    return [at_place.get(place) for place in places]
-
-
 def probe(path: Path, n: int = 600) -> dict[str, float]:
-    """How well a linear map reads a thing from one patch of layer -2: the share right by attribute, in held-out scenes
-    of the demo, and ("any size" and so on) in the ViT's other pictures.
+    """How well a linear map reads a thing from one patch of layer -2: the share right on held-out scenes, by attribute.
 
-    Fits least squares on the patches of n pictures that show a thing, and tests on those of n others.
+    Fits least squares on the patches of n pictures that a thing covers, and tests on those of n others.
     """
     vit, rng = load_vision(path), random.Random("probe")
+    places = [PLACES[row // 2 * 3 + column // 2] for row, column in np.ndindex(PATCHES_ACROSS, PATCHES_ACROSS)]
+    features, things = [], []  # of the training scenes, then of the held-out ones
+    for held_out in (False, True):
+        scenes = [draw_scene(rng, held_out) for _ in range(n)]
+        with torch.no_grad():
+            Z_v = vit(normalize(pixels_of(scenes, rng))).flatten(0, 1)  # (n*P, D)
+        shown = [next((t for t in scene if t.place == place), None) for scene in scenes for place in places]
+        Z_v = Z_v[torch.tensor([thing is not None for thing in shown])]
+        features.append(torch.cat([Z_v, torch.ones(len(Z_v), 1)], dim=1))  # (patches of things, D+1), 1 for a bias
+        things.append([thing for thing in shown if thing])
     right = {}
-    for prefix, attributes in (("", ATTRIBUTES), ("any ", wide.ATTRIBUTES)):
-        features, things = [], []  # of the training scenes, then of the held-out ones
-        for held_out in (False, True):
-            scenes = [wide.draw_scene(rng) if prefix else draw_scene(rng, held_out) for _ in range(n)]
-            pixels, shown = draw_pictures(scenes, rng)
-            with torch.no_grad():
-                Z_v = vit(normalize(pixels)).flatten(0, 1)  # (n*P, D)
-            found = [thing for scene, patches in zip(scenes, shown) for thing in things_at_patches(scene, patches)]
-            Z_v = Z_v[torch.tensor([thing is not None for thing in found])]
-            features.append(torch.cat([Z_v, torch.ones(len(Z_v), 1)], dim=1))  # (patches of things, D+1), 1 for a bias
-            things.append([thing for thing in found if thing])
-        for attribute, values in attributes.items():
-            targets, truth = (torch.tensor([values.index(getattr(t, attribute)) for t in part]) for part in things)
-            weights = torch.linalg.lstsq(features[0], torch.eye(len(values))[targets]).solution
-            right[prefix + attribute] = ((features[1] @ weights).argmax(1) == truth).float().mean().item()
+    for attribute, values in ATTRIBUTES.items():
+        targets, truth = (torch.tensor([values.index(getattr(thing, attribute)) for thing in part]) for part in things)
+        weights = torch.linalg.lstsq(features[0], torch.eye(len(values))[targets]).solution
+        right[attribute] = ((features[1] @ weights).argmax(1) == truth).float().mean().item()
     return right
-
-
-def train_both(tokenizer: Path) -> tuple[LLaMA, dict[str, torch.Tensor]]:
-    """The LLaMA, and the state dict of the ViT, each from a process of its own with one thread.
-
-    Two threads would hardly speed one of these small models up.
-    """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        llama = pool.submit(train_llama, tokenizer)
-        vit = pool.submit(train_vit, tokenizer)
-        return llama.result(), vit.result()
 
 
 def build(folder: Path):
     """Trains both backbones from nothing and writes them into `folder`, in the published formats."""
-    tokenizer = folder / world.LLAMA.name / "tokenizer.model"
-    train_tokenizer(tokenizer)
-    llama, vit = train_both(tokenizer)
-    save_llama(LLAMA_CONFIG, {name: p.detach().half() for name, p in llama.named_parameters()}, tokenizer.parent)
+    sp = train_tokenizer(folder / world.LLAMA.name / "tokenizer.model")
+    weights = {name: p.detach().half() for name, p in train_llama(sp).named_parameters()}
+    save_llama(LLAMA_CONFIG, weights, folder / world.LLAMA.name)
     with replacing(folder / world.VISION.name) as file:
-        torch.save({name: p.half() for name, p in vit.items()}, file)
+        torch.save({name: p.half() for name, p in train_vit(sp).items()}, file)
     shares = probe(folder / world.VISION.name)
     print("linear probe of single patches, layer -2:", ", ".join(f"{k} {100 * v:.1f} %" for k, v in shares.items()))
 
@@ -648,7 +541,7 @@ def keep_chat(run: Path, folder: Path):
         raise UserError(f"{run}: not a run of the demo; train one with: torchrun train.py --stage 2")
     trained = {name: p.detach().half() for name, p in model.named_parameters() if not name.startswith("vision.")}
     save_run(folder / world.CHAT.name, model.llama.config, trained, config, world.VISION, run / "tokenizer.model")
-    rng = random.Random("scene 1093")  # three things without a common colour or shape
+    rng = random.Random("scene 3685")  # three things without a common colour or shape
     with replacing(folder / world.SCENE.name) as file:
         world.draw_picture(draw_scene(rng, held_out=True, counts=(3,)), rng).save(file, "PNG")
 
