@@ -489,7 +489,7 @@ def default_run() -> Path:
         return run
     shipped = Path(os.path.relpath(CHAT))
     if is_process_0():
-        print(f"{run} is absent: this is {shipped}, which was trained on the demo; to train one: torchrun train.py "
+        print(f"{run} is absent; this is {shipped}, trained on the demo; to train one: torchrun train.py "
               "--stage 1, then --stage 2", file=sys.stderr)  # fmt: skip
     return shipped
 
