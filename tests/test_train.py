@@ -456,7 +456,8 @@ def test_a_second_ctrl_c_ends_a_run_at_once(inputs, tmp_path, monkeypatch):
 def start_in_terminal(command) -> tuple[subprocess.Popen, int]:
     """Starts a command as a shell does, with a terminal of its own -> its process, and the terminal's other end."""
     terminal, inner = pty.openpty()
-    code = ("import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    code = ("import fcntl, os, signal, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+            "signal.signal(signal.SIGHUP, signal.SIG_DFL); "  # the tests may run under nohup
             "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")  # fmt: skip
     process = subprocess.Popen([sys.executable, "-c", code, *map(str, command)], cwd=ROOT, env=ENVIRONMENT, stdin=inner,
                                stdout=inner, stderr=inner)  # fmt: skip
