@@ -165,6 +165,11 @@ def append_lines(path: Path, lines: list[str]):
         raise write_error(path, error) from None
 
 
+def write_lines(path: str | Path, lines: list[str]):
+    with replacing(path) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
+
+
 def write_error(path: Path, error: BaseException) -> UserError:
     free = shutil.disk_usage(path.parent).free // 2**20 if path.parent.is_dir() else 0
     return UserError(f"{path}: could not be written ({reason(error)}; {free} MiB are free there); free some "

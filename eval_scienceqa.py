@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -232,10 +231,10 @@ def read_predictions(path: Path) -> dict[str, str]:
 
 def evaluate(args: argparse.Namespace, rank: int, world_size: int, device: torch.device):
     if args.data is None:
-        from demo.world import FOLDER, prepare
+        from demo.world import data_of, prepare
 
         by_process_0(prepare)
-        args.data = Path(os.path.relpath(FOLDER / "scienceqa"))
+        _, args.data = data_of("scienceqa")
     as_text = args.missing_pictures_as_text or args.predictions
     problems, absent = read_scienceqa(args.data, args.split, "text" if as_text else "refuse")
     problems = list({p["id"]: p for p in problems}.values())  # a split may name a problem twice

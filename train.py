@@ -38,10 +38,10 @@ from common import (
     progress_bar,
     read_json,
     reason,
-    replacing,
     run_command,
     shorten,
     write_json,
+    write_lines,
 )
 from conversation import TEMPLATE
 from data import SCIENCEQA_PROMPT, Encoder, Examples, Share, Shares, prefetched
@@ -328,9 +328,8 @@ def drop_metrics_after(path: Path, step: int):
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= step:
-                lines.append(line + "\n")
-    with replacing(path) as file:
-        file.write("".join(lines).encode())
+                lines.append(line)
+    write_lines(path, lines)
 
 
 def append_metrics(path: Path, **values):

@@ -27,10 +27,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageColor
-from tqdm import tqdm
 
 import checkpoint
-from common import ArgumentParser, UserError, replacing, run_command, write_json
+from common import ArgumentParser, UserError, progress_bar, run_command, write_json, write_lines
 from conversation import IMAGE, TEMPLATE
 from data import Encoder, Example
 from eval_scienceqa import ask
@@ -267,7 +266,7 @@ def draw_set(folder: Path, name: str):
     names, draw, rng = list(marks), drawer(), random.Random(f"elsewhere {name}")
     (folder / "images").mkdir(parents=True, exist_ok=True)
     records, asked = [], []  # asked: the held-out questions
-    for i in tqdm(range(TRAINING + HELD_OUT), f"drawing {name}", unit="picture"):
+    for i in progress_bar(range(TRAINING + HELD_OUT), f"drawing {name}", unit="picture"):
         held_out = i >= TRAINING
         (things, grounds), image = draw_scene(names, rng, held_out), f"{i:04}.png"
         draw(things, grounds, rng.randint(*PIXELS), rng).save(folder / "images" / image)
@@ -285,8 +284,7 @@ def draw_set(folder: Path, name: str):
     swapped = [question | {"image": another[question["image"]]} for question in asked]
     write_json(folder / "train.json", records)
     for file_name, rows in (("heldout.jsonl", asked), ("swapped.jsonl", swapped)):
-        with replacing(folder / file_name) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        write_lines(folder / file_name, list(map(json.dumps, rows)))
 
 
 def answers(run: Path, folder: Path, rows: list[dict]) -> list[str]:
@@ -297,7 +295,7 @@ def answers(run: Path, folder: Path, rows: list[dict]) -> list[str]:
     prompts = [Example(str(row["question_id"]), [f"{IMAGE}\n{row['text']}"], row["image"]) for row in rows]
     texts = []
     with autocast, torch.inference_mode():
-        for i in tqdm(range(0, len(prompts), BATCH_SIZE), f"asking {run}", unit="batch", leave=False):
+        for i in progress_bar(range(0, len(prompts), BATCH_SIZE), f"asking {run}", unit="batch", leave=False):
             texts += ask(model, encoder, prompts[i : i + BATCH_SIZE], MAX_NEW_TOKENS)
     return texts
 

@@ -21,7 +21,7 @@ import torch
 
 import checkpoint
 from chat import TRAINED_BY
-from common import UserError, append_lines, replacing
+from common import UserError, append_lines, write_lines
 from conversation import IMAGE, TEMPLATE
 from data import Encoder, Example
 from distributed import by_process_0, processes
@@ -75,11 +75,6 @@ def earlier_answers(path: Path, questions: list[dict], model_id: str, metadata: 
         raise UserError(f"{path}: exists and is not a file of answers; name another --answers")
     write_lines(path, intact)
     return answers
-
-
-def write_lines(path: Path, lines: list[str]):
-    with replacing(path) as file:
-        file.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def plain(text) -> str:
