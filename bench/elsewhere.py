@@ -1,4 +1,4 @@
-"""Pictures from elsewhere: three small data sets that share no code with the demo's world, to judge its backbones by.
+"""Draws three small data sets with other libraries than the demo, and scores runs on them, to test the backbones.
 
     python -m bench.elsewhere DIR                                 # draws markers, glyphs and svg; about 30 seconds
     python train.py --stage 2 --init-from runs/stage1 --data DIR/svg/train.json --images DIR/svg/images \\
@@ -8,8 +8,8 @@
 The pictures show one to four things: markers of a plot, symbols of a font (both by matplotlib), or SVG elements (by
 resvg). Each set holds train.json (LLaVA JSON), images/, heldout.jsonl (a line for each question, with its answer) and
 swapped.jsonl, the same questions with the picture of another scene. Things do not overlap, and a question compares only
-what differs clearly, so that the picture decides each answer. The names and colours of a held-out picture occur
-together in no training picture.
+clearly different things, so that the picture decides each answer. No training picture holds the same combination of
+names and colours as a held-out one.
 """
 
 import argparse
@@ -25,14 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageColor
 
 import checkpoint
 from common import ArgumentParser, UserError, progress_bar, run_command, write_json, write_lines
 from conversation import IMAGE, TEMPLATE
 from data import Encoder, Example
-from eval_scienceqa import ask
+from distributed import processes
+from eval_scienceqa import answer_all
 from formats.pictures import Pictures
 from formats.records import read_records
 
@@ -116,7 +116,7 @@ def contrast(a: str, b: str) -> bool:
     return math.dist(ImageColor.getrgb(a), ImageColor.getrgb(b)) >= CONTRAST
 
 
-# --- pictures. Each function returns one that draws things.
+# --- pictures: each `with_...` returns `draw`, a function from things to a picture
 
 
 def with_matplotlib(artist: Callable) -> Callable:
@@ -182,7 +182,7 @@ def with_resvg() -> Callable:
 
 
 def svg_text(things: list[Thing], grounds: list[str], pixels: int, rng: random.Random) -> str:
-    """Things that are filled, filled and edged, or outlined, on a ground with a gradient."""
+    """An SVG of things that are filled, filled and edged, or outlined, on a ground with a gradient."""
     stops = f'<stop stop-color="{rng.choice(grounds)}"/><stop offset="1" stop-color="{rng.choice(grounds)}"/>'
     lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{pixels}" height="{pixels}" viewBox="0 0 1 1">',
              f'<linearGradient id="ground" x2="{rng.random():.2f}" y2="1">{stops}</linearGradient>',
@@ -200,7 +200,7 @@ def svg_text(things: list[Thing], grounds: list[str], pixels: int, rng: random.R
     return "\n".join([*lines, "</svg>"])
 
 
-SETS: dict[str, tuple[dict[str, str], str, Callable]] = {  # names, a word for all of them, what returns the drawer
+SETS: dict[str, tuple[dict[str, str], str, Callable]] = {  # names, their common noun, and what makes `draw`
     "markers": (MARKERS, "marker", lambda: with_matplotlib(marker_artist)),
     "glyphs": (GLYPHS, "symbol", lambda: with_matplotlib(glyph_artist)),
     "svg": (ELEMENTS, "shape", with_resvg),
@@ -211,7 +211,7 @@ SETS: dict[str, tuple[dict[str, str], str, Callable]] = {  # names, a word for a
 
 
 def all_questions(things: list[Thing], names: list[str], noun: str, rng: random.Random) -> Iterator[tuple]:
-    """(kind, question, answer), as many as the things allow. rng chooses what a yes/no question asks for."""
+    """Yields all questions that the things allow, as (kind, question, answer). rng draws the yes/no questions."""
     shown, colours = [t.name for t in things], [t.colour for t in things]
     full_names = [t.full_name for t in things]
     short = {t: t.name if shown.count(t.name) == 1 else t.full_name for t in things}
@@ -247,9 +247,9 @@ def all_questions(things: list[Thing], names: list[str], noun: str, rng: random.
 
 
 def questions(things: list[Thing], names: list[str], noun: str, rng: random.Random) -> list[tuple[str, str, str]]:
-    """(kind, question, answer) in random order: one of each kind, two about places."""
+    """Draws one question of each kind, and two about places, as (kind, question, answer) in random order."""
     found = list(all_questions(things, names, noun, rng))
-    chosen = {}  # by the question, so that none comes twice
+    chosen = {}  # by question, so that none is drawn twice
     for kind in (*KINDS, "where"):
         if of_kind := [q for q in found if q[0] == kind and q[1] not in chosen]:
             _, question, answer = rng.choice(of_kind)
@@ -261,7 +261,7 @@ def questions(things: list[Thing], names: list[str], noun: str, rng: random.Rand
 
 
 def draw_set(folder: Path, name: str):
-    """Writes the set `name` into a folder; a set that is there is replaced. It does not change between calls."""
+    """Writes the set `name` into a folder, where it replaces an earlier one. Each call writes the same files."""
     marks, noun, drawer = SETS[name]
     names, draw, rng = list(marks), drawer(), random.Random(f"elsewhere {name}")
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -287,21 +287,28 @@ def draw_set(folder: Path, name: str):
         write_lines(folder / file_name, list(map(json.dumps, rows)))
 
 
-def answers(run: Path, folder: Path, rows: list[dict]) -> list[str]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, sp, _, autocast = checkpoint.open_run(run, device, "torchrun train.py --stage 2", template=TEMPLATE)
-    vit = model.vision.config
-    encoder = Encoder(sp, vit.n_patches, vit.image_size, Pictures(folder / "images"))
-    prompts = [Example(str(row["question_id"]), [f"{IMAGE}\n{row['text']}"], row["image"]) for row in rows]
-    texts = []
-    with autocast, torch.inference_mode():
-        for i in progress_bar(range(0, len(prompts), BATCH_SIZE), f"asking {run}", unit="batch", leave=False):
-            texts += ask(model, encoder, prompts[i : i + BATCH_SIZE], MAX_NEW_TOKENS)
-    return texts
+def print_tables(run: Path, folders: list[Path]):
+    """Asks a run the questions of each set and prints the set's table. All processes of torchrun take part."""
+    with processes() as (rank, world_size, device):
+        model, sp, _, autocast = checkpoint.open_run(run, device, "torchrun train.py --stage 2", template=TEMPLATE)
+        vit = model.vision.config
+        for folder in folders:
+            encoder = Encoder(sp, vit.n_patches, vit.image_size, Pictures(folder / "images"))
+            rows, swapped = (read_records(folder / file) for file in ("heldout.jsonl", "swapped.jsonl"))
+            asked = enumerate(rows + swapped)
+            prompts = [Example(str(i), [f"{IMAGE}\n{row['text']}"], row["image"]) for i, row in asked]
+            texts: dict[str, str] = {}
+            with autocast:
+                answer_all(texts, prompts, lambda _: None, BATCH_SIZE, rank, world_size, model, encoder, MAX_NEW_TOKENS)
+            answers = [texts[prompt.id] for prompt in prompts]
+            columns = {"true pictures": answers[: len(rows)], "swapped": answers[len(rows) :],
+                       "commonest answer": commonest(rows)}  # fmt: skip
+            if rank == 0:
+                print(f"{folder.name}, answered by {run}\n{table(rows, columns)}\n")
 
 
 def commonest(rows: list[dict]) -> list[str]:
-    """For each question the answer that is most frequent among all questions of the same form."""
+    """Gives each question the most frequent answer among all questions of its form."""
     words = {word for names, _, _ in SETS.values() for word in names} | COLOURS.keys()
     forms = [re.sub(rf"\b({'|'.join(words)})\b", "", row["text"]) for row in rows]
     counts: dict[str, Counter] = {form: Counter() for form in forms}
@@ -311,7 +318,7 @@ def commonest(rows: list[dict]) -> list[str]:
 
 
 def table(rows: list[dict], columns: dict[str, list[str]]) -> str:
-    """% of answers that equal the true one, letter by letter; a row for each kind of question."""
+    """Formats the % of answers that equal the true one exactly, in a row for each kind of question."""
     lines = [f"{'% right':10}{'questions':>10}" + "".join(f"{name:>18}" for name in columns)]
     for kind in (*KINDS, "all"):
         chosen = [i for i, row in enumerate(rows) if kind in ("all", row["category"])]
@@ -323,19 +330,16 @@ def table(rows: list[dict], columns: dict[str, list[str]]) -> str:
 def main():
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("folder", type=Path, metavar="DIR", help="where the sets are: DIR/markers, DIR/glyphs, DIR/svg")
-    add("--set", choices=SETS, help="only this one (default: all)")
+    add("folder", type=Path, metavar="DIR", help="the folder of the sets: DIR/markers, DIR/glyphs, DIR/svg")
+    add("--set", choices=SETS, help="draw or ask this set only (default: all)")
     add("--ask", type=Path, metavar="RUN", help="draw nothing; put the held-out questions to this run of stage 2")
     args: argparse.Namespace = parser.parse_args()
-    for name in [args.set] if args.set else SETS:
-        folder = args.folder / name
-        if not args.ask:
-            draw_set(folder, name)
-            continue
-        rows, swapped = (read_records(folder / file) for file in ("heldout.jsonl", "swapped.jsonl"))
-        columns = {"true pictures": answers(args.ask, folder, rows), "swapped": answers(args.ask, folder, swapped),
-                   "commonest answer": commonest(rows)}  # fmt: skip
-        print(f"{name}, answered by {args.ask}\n{table(rows, columns)}\n")
+    names = [args.set] if args.set else list(SETS)
+    if args.ask:
+        print_tables(args.ask, [args.folder / name for name in names])
+        return
+    for name in names:
+        draw_set(args.folder / name, name)
 
 
 if __name__ == "__main__":

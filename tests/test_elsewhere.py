@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
+import eval_scienceqa
 from bench import elsewhere
 from bench.elsewhere import COLOURS, ELEMENTS, KINDS, SETS, Thing
 from common import UserError
@@ -122,7 +123,7 @@ def test_table_of_a_run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(elsewhere, "TRAINING", 1)
     monkeypatch.setattr(elsewhere, "HELD_OUT", 2)
-    monkeypatch.setattr(elsewhere, "ask", lambda model, encoder, prompts, n: ["yes" for _ in prompts])
+    monkeypatch.setattr(eval_scienceqa, "ask", lambda model, encoder, prompts, n: ["yes" for _ in prompts])
     elsewhere.draw_set(tmp_path / "markers", "markers")
     monkeypatch.setattr(sys, "argv", ["elsewhere", str(tmp_path), "--set", "markers", "--ask", str(tiny_run(tmp_path))])
     elsewhere.main()
