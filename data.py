@@ -328,7 +328,6 @@ class Shares:
                 samples.append(self.encoder.encode(example))
             except ValueError as error:
                 share.errors.append(str(error))
-        samples.sort(key=lambda sample: len(sample.ids))  # StreamAttention computes equal lengths together
         share.micro_batches = [self.encoder.stream(group) for group in grouped(samples, self.limit)]
         share.green = sum(int(sample.green.sum()) for sample in samples)
         share.tokens = sum(len(sample.ids) for sample in samples)
@@ -337,9 +336,9 @@ class Shares:
 
 
 def grouped(samples: list[Sample], limit: int) -> list[list[Sample]]:
-    """Cuts a list of samples into runs of at most `limit` positions, or of one sample."""
+    """Sorts samples by length and cuts them into groups of at most `limit` positions, or of one sample."""
     groups, room = [], 0
-    for sample in samples:
+    for sample in sorted(samples, key=lambda s: len(s.ids)):  # StreamAttention computes equal lengths together
         if not groups or len(sample.ids) > room:
             groups.append([])
             room = limit

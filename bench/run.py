@@ -5,13 +5,13 @@
     python bench/run.py --before ../other-checkout     # instead of transformers
 
 Both sides have the same weights, samples and precision and compute with all cores. In bf16 both compute under autocast
-and hold their frozen parts in bf16, as train.py does. Each runs in a process of its own, and
-they take turns, so that changes of the machine's speed affect both. Times are medians over the rounds. Memory is the
-peak of a process while it works, less what its imports take.
+and hold their frozen parts in bf16, as train.py does. Each side runs in a process of its own. The two processes take
+turns, so that changes of the machine's speed affect both. Times are medians over the rounds. Memory is the peak of a
+process while it works, less the memory of its imports.
 
-The code for `transformers` is what its users write: `LlavaForConditionalGeneration` (with one matrix as its projector,
-as in the first LLaVA), a padded batch with labels, and SDPA attention. It answers by `generate`, one prompt at a time
-as LLaVA does, or in left-padded batches of 8. The losses, gradients and answers of both are compared before the timing.
+`transformers` runs as its users run it: `LlavaForConditionalGeneration` (with one matrix as its projector, as in the
+first LLaVA) on a padded batch with labels, with SDPA attention. It answers by `generate`, one prompt at a time as LLaVA
+does, or in left-padded batches of 8. Before the timing, the losses, gradients and answers of both sides are compared.
 Loading is timed against `torch.load` and `load_state_dict`.
 """
 
@@ -40,14 +40,17 @@ from conftest import llava_twin, randomize  # noqa: E402
 
 import checkpoint  # noqa: E402
 from common import ArgumentParser, UserError, run_command, write_json  # noqa: E402
-from model import LLaMA, LLaMAConfig  # noqa: E402
+from conversation import load_tokenizer  # noqa: E402
+from data import Batch, Encoder, Sample, grouped  # noqa: E402
+from demo.world import LLAMA  # noqa: E402
+from model import CPU, LLaMA, LLaMAConfig  # noqa: E402
 from tools.fast_cpu import speed_up  # noqa: E402
 from vision import VisionConfig, VisionTransformer, normalize  # noqa: E402
 
 GIB = 2**30
-VOCAB, SYSTEM, QUESTION, MAX_NEW_TOKENS = 32000, 45, 12, 64  # pieces, and numbers of tokens
+VOCAB, SYSTEM, QUESTION, MAX_NEW_TOKENS = 32000, 45, 12, 64  # in pieces; the others in tokens
 VIT = VisionConfig(image_size=224, patch_size=14, width=384, layers=6)  # 256 patches
-SIZES = {  # the LLaMA; samples of a step in stage 1 and in stage 2
+SIZES = {  # the LLaMA; the samples of a step in stage 1 and in stage 2
     "small": (LLaMAConfig(256, 4, 4, 4, 688), 16, 8),
     "middle": (LLaMAConfig(512, 8, 8, 8, 1376), 8, 4),
     "large": (LLaMAConfig(1024, 12, 16, 16, 2752), 4, 2),
@@ -57,7 +60,7 @@ SIZES = {  # the LLaMA; samples of a step in stage 1 and in stage 2
 WORK = ("stage 1", "stage 2", "answers", "loading")
 LOADED = LLaMAConfig(2048, 8, 16, 16, 5504)  # 1 GB in fp16
 MAX_ERROR = 1e-4  # relative, of the loss and of gradients against transformers
-RESET_PEAK = "5"  # what to write to /proc/self/clear_refs to reset the peak of the resident memory (man 5 proc)
+RESET_PEAK = "5"  # in /proc/self/clear_refs, this resets the peak of the resident memory (man 5 proc)
 
 
 # --- the work: samples (ids, green), with one picture each
@@ -72,7 +75,7 @@ def picture_ids() -> torch.Tensor:
 
 
 def caption(rng, system):
-    """Stage 1: the system message, a question and a picture in either order, a short answer."""
+    """A sample of stage 1: the system message, a question and a picture in either order, a short answer."""
     question = random_text(QUESTION, rng)
     answer = random_text(int(torch.randint(8, 31, (), generator=rng)), rng)
     middle = [question, picture_ids()]
@@ -83,7 +86,7 @@ def caption(rng, system):
 
 
 def conversation(rng, system, n):
-    """Stage 2: a picture, then several turns of 60 to 900 tokens (or n) in all, 55 % of them green."""
+    """A sample of stage 2: a picture, then several turns of 60 to 900 tokens (or n) in all, 55 % of them green."""
     n = n or int(torch.randint(60, 901, (), generator=rng))
     turn = torch.arange(120) >= 54
     turns = torch.cat([turn] * (n // 120 + 1))[:n]
@@ -92,13 +95,14 @@ def conversation(rng, system, n):
 
 
 def prompt(rng, system):
-    """A picture and a text of 20 to 200 tokens to answer; nothing is green."""
+    """A prompt: a picture and a text of 20 to 200 tokens, none of them green."""
     n = int(torch.randint(20, 201, (), generator=rng))
-    return torch.cat([system, picture_ids(), random_text(n, rng)]), None
+    ids = torch.cat([system, picture_ids(), random_text(n, rng)])
+    return ids, torch.zeros(len(ids), dtype=torch.bool)
 
 
 def make_work(kind: str, n: int, length: int = 0) -> tuple[list, torch.Tensor]:
-    """n samples (ids (T,), green (T,) or None), all with the same system message, and pixels (n, 3, 224, 224).
+    """n samples (ids (T,), green (T,)), all with the same system message, and pixels (n, 3, 224, 224).
 
     length: tokens of text of each sample of stage 2; 0 = random.
     """
@@ -111,6 +115,16 @@ def make_work(kind: str, n: int, length: int = 0) -> tuple[list, torch.Tensor]:
     }
     samples = [draw[kind](rng, system) for _ in range(n)]
     return samples, torch.randint(0, 256, (n, 3, 224, 224), dtype=torch.uint8, generator=rng)
+
+
+def streams(work: tuple[list, torch.Tensor], limit: int = 0) -> list[Batch]:
+    """The work as train.py's micro-batches of at most `limit` positions; 0 = as one stream, in the order given."""
+    samples, pixels = work
+    encoder = Encoder(load_tokenizer(LLAMA / "tokenizer.model"), VIT.n_patches, VIT.image_size)
+    encoder.system = samples[0][0][:SYSTEM].tolist()  # make_work's own, instead of the tokenizer's
+    parts = [Sample(ids[SYSTEM:].numpy(), green[SYSTEM:].numpy(), picture.numpy())
+             for (ids, green), picture in zip(samples, pixels)]  # fmt: skip
+    return [encoder.stream(group) for group in (grouped(parts, limit) if limit else [parts])]
 
 
 def make_model(c: LLaMAConfig):
@@ -129,7 +143,7 @@ def autocast(precision: str):
 
 
 def hold_frozen(model: torch.nn.Module, precision: str):
-    """Converts what does not train to bf16, if that is the precision."""
+    """Converts the frozen parameters to bf16, if that is the precision."""
     if precision == "bf16":
         for p in model.parameters():
             if not p.requires_grad:
@@ -137,22 +151,15 @@ def hold_frozen(model: torch.nn.Module, precision: str):
 
 
 class Ours:
-    """Runs this project on one stream, whose samples are sorted by length, as data.py sorts them for training."""
+    """Runs this project on one stream."""
 
     def __init__(self, llava, kind: str, work, precision: str = "fp32"):
         self.model, self.kind, self.autocast = llava, kind, autocast(precision)
-        samples, self.pixels = work
-        if kind != "answers":
-            order = sorted(range(len(samples)), key=lambda i: len(samples[i][0]))
-            samples, self.pixels = [samples[i] for i in order], self.pixels[order]
-        system = samples[0][0][:SYSTEM]
-        self.ids = torch.cat([system] + [ids[SYSTEM:] for ids, _ in samples])  # (N,)
-        self.borders = torch.tensor([SYSTEM] + [len(ids) - SYSTEM for ids, _ in samples]).cumsum(0).tolist()
+        [batch] = streams(work, limit=0 if kind == "answers" else sys.maxsize)
+        self.ids, self.target, self.borders, self.pixels = batch.to(CPU)
         if kind == "answers":
             hold_frozen(llava.requires_grad_(False), precision)
             return
-        green = torch.cat([samples[0][1][:SYSTEM]] + [green[SYSTEM:] for _, green in samples])  # (N,)
-        self.target = green.nonzero().squeeze(1)  # (M,)
         llava.set_trainable(int(kind[-1]))
         hold_frozen(llava, precision)
         self.trained = [p for p in llava.parameters() if p.requires_grad]
@@ -164,7 +171,7 @@ class Ours:
         return nll / len(self.target)
 
     def gradients(self) -> list[torch.Tensor]:
-        """Of W, and in stage 2 of two matrices of the LLaMA."""
+        """The gradients of W, and in stage 2 of two matrices of the LLaMA."""
         llama, found = self.model.llama, [self.model.projector.weight]
         if self.kind == "stage 2":
             found += [llama.layers[0].feed_forward.w2.weight, llama.output.weight]
@@ -177,22 +184,12 @@ class Ours:
 
 
 class Theirs:
-    """Runs transformers on a padded batch. at_once: how many prompts it answers together."""
+    """Runs transformers on a padded batch. at_once: the number of prompts that it answers together."""
 
     def __init__(self, llava, kind: str, work, at_once: int = 1, precision: str = "fp32"):
         self.kind, self.at_once, self.autocast = kind, at_once, autocast(precision)
         self.model = llava_twin(llava, 4096)
-        samples, self.pixels = work
-        n = len(samples)
-        longest = max(len(ids) for ids, _ in samples)
-        self.ids, self.mask = torch.zeros(n, longest, dtype=torch.long), torch.zeros(n, longest, dtype=torch.long)
-        self.labels = torch.full((n, longest), -100)
-        for i, (ids, green) in enumerate(samples):
-            row = slice(longest - len(ids), longest) if green is None else slice(0, len(ids))  # prompts: padded left
-            ids = torch.where(ids < 0, VOCAB - 1, ids)  # llava_twin's id of pictures
-            self.ids[i, row], self.mask[i, row] = ids, 1
-            if green is not None:
-                self.labels[i, row] = torch.where(green, ids, -100)
+        self.take(work)
         self.model.requires_grad_(kind == "stage 2")
         self.model.model.vision_tower.requires_grad_(False)
         self.model.model.multi_modal_projector.requires_grad_(kind != "answers")
@@ -201,6 +198,18 @@ class Theirs:
         if self.trained:
             self.optimizer = make_optimizer(self.trained)
 
+    def take(self, work):
+        """Pads the samples of `work`, which the next calls compute. Prompts are padded on the left."""
+        samples, pixels = work
+        shape = len(samples), max(len(ids) for ids, _ in samples)
+        self.ids, self.mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        self.labels = torch.full(shape, -100)
+        for i, (ids, green) in enumerate(samples):
+            row = slice(-len(ids), None) if self.kind == "answers" else slice(0, len(ids))
+            ids = torch.where(ids < 0, VOCAB - 1, ids)  # llava_twin's id of pictures
+            self.ids[i, row], self.mask[i, row], self.labels[i, row] = ids, 1, torch.where(green, ids, -100)
+        self.pixels = pixels.to(self.ids.device)
+
     def loss(self):
         with self.autocast:
             return self.model(
@@ -208,7 +217,7 @@ class Theirs:
             ).loss
 
     def gradients(self) -> list[torch.Tensor]:
-        """Of the same parameters as `Ours.gradients`."""
+        """The gradients of the same parameters as `Ours.gradients`."""
         model, found = self.model.model, [self.model.model.multi_modal_projector.weight]
         if self.kind == "stage 2":
             found += [model.language_model.layers[0].mlp.down_proj.weight, self.model.lm_head.weight]
@@ -231,7 +240,7 @@ class Theirs:
 
 
 def step(side):
-    """One step of training, as in train.py."""
+    """Takes one step of training, as in train.py."""
     side.loss().backward()
     torch.nn.utils.clip_grad_norm_(side.trained, 1.0)
     side.optimizer.step()
@@ -242,7 +251,7 @@ def step(side):
 
 
 def timed(function) -> float:
-    """The seconds that a call takes."""
+    """The seconds of a call."""
     began = time.perf_counter()
     function()
     return time.perf_counter() - began
@@ -258,9 +267,9 @@ def peak_matmul(multiply, n: int = 2048) -> float:
 def necessary_flops(c: LLaMAConfig, kind: str, n: int) -> float:
     """FLOPs that every implementation of a training step needs.
 
-    There is no padding. Logits exist at green positions only. Frozen weights need no gradients, and in stage 1 the
-    positions before the picture need no backward pass. In the last layer only what a green token depends on is
-    computed. The attention of green tokens, and of positions after the picture, is counted as an average share.
+    It counts no padding, logits at green positions only, and no gradients of frozen weights. In stage 1 it counts no
+    backward pass at the positions before the picture, and in the last layer only what the green tokens depend on.
+    Attention at green positions, and after the picture, counts as an average share of all attention.
     """
     samples, _ = make_work(kind, n)
     dim, kv, D, P = c.dim, c.n_kv_heads * c.head_dim, VIT.width, VIT.n_patches
@@ -280,7 +289,7 @@ def necessary_flops(c: LLaMAConfig, kind: str, n: int) -> float:
         projector = 2 * 2 * P * D * dim  # W's output, and W's gradient
         vit = (VIT.layers - 1) * ((P + 1) * 2 * 12 * D * D + 4 * D * (P + 1) ** 2) + P * 2 * 3 * VIT.patch_size**2 * D
         total += forward + backward + weights + 2 * logits + projector + vit
-    if kind == "stage 2":  # the system message: constant in stage 1; in the last layer only its keys and values count
+    if kind == "stage 2":  # the system message, constant in stage 1; in the last layer only its keys and values count
         total += 3 * SYSTEM * ((c.n_layers - 1) * (block + 2 * dim * (SYSTEM + 1)) + keys)
     return total
 
@@ -294,9 +303,9 @@ def peak_memory() -> int:
 class Worker:
     """Runs one side of a comparison in a process of its own, with the bench/run.py of its checkout.
 
-    The protocol is the same in all checkouts: --alone SIDE SIZE KIND N AT_ONCE LENGTH starts the process (SIDE is
-    "ours" or "theirs", or one of these and " bf16"), which does
-    one piece of work for each line that it reads, and answers with a line "seconds peak_bytes".
+    The protocol is the same in all checkouts: --alone SIDE SIZE KIND N AT_ONCE LENGTH starts the process, where SIDE is
+    "ours", "theirs", "ours bf16" or "theirs bf16". For each line that it reads, the process does one piece of work and
+    answers with a line "seconds peak_bytes".
     """
 
     def __init__(self, checkout: Path, *arguments):
@@ -320,7 +329,7 @@ class Worker:
 
 
 def alone(side: str, size: str, kind: str, n: int, at_once: int, length: int):
-    """The process of a `Worker`: one training step, or all answers, for each line of stdin."""
+    """Runs the process of a `Worker`, which computes a training step, or all answers, for each line of stdin."""
     side, _, precision = side.partition(" ")
     if side == "ours":
         speed_up()  # as train.py does
@@ -332,14 +341,14 @@ def alone(side: str, size: str, kind: str, n: int, at_once: int, length: int):
         one = Theirs(llava, kind, work, at_once, precision)
     del llava
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # returns what building the models has freed, which speed_up keeps
+    ctypes.CDLL(None).malloc_trim(0)  # returns the memory that building the models has freed, which speed_up keeps
     Path("/proc/self/clear_refs").write_text(RESET_PEAK)  # the peak of the building does not count
     for _ in sys.stdin:
         seconds = timed(one.answers if kind == "answers" else functools.partial(step, one))
         print(seconds, peak_memory() - before, flush=True)
 
 
-# Each name of a column, the checkout that runs it, and the side of that checkout.
+# {name of a column: (the checkout that runs it, the side of that checkout)}
 Sides = dict[str, tuple[Path, str]]
 
 
@@ -366,7 +375,7 @@ def in_turn(sides: Sides, size: str, kind: str, n: int, rounds: int, at_once: in
 
 
 def largest_error(size: str, kind: str, n: int) -> float:
-    """The largest relative error of loss and gradients, ours against transformers. Asserts that it is small."""
+    """The largest relative error of our loss and gradients against those of transformers. Asserts that it is small."""
     llava, work = make_model(SIZES[size][0]), make_work(kind, n)
     ours, theirs = Ours(llava, kind, work), Theirs(llava, kind, work)
     losses = [side.loss() for side in (ours, theirs)]
@@ -382,17 +391,16 @@ def largest_error(size: str, kind: str, n: int) -> float:
 def compare_training(sides: Sides, size: str, kind: str, rounds: int) -> dict:
     c, *batch = SIZES[size]
     n = batch[int(kind[-1]) - 1]
-    row = dict(size=size, work=kind, against="before", samples=n, flops=necessary_flops(c, kind, n))
-    if sides.get("theirs") == (ROOT, "theirs"):
-        row |= dict(against="padded step", error=largest_error(size, kind, n))
+    against = "padded step" if "theirs" in sides else "before"
+    row = dict(size=size, work=kind, against=against, samples=n, flops=necessary_flops(c, kind, n))
+    if sides.get("theirs") == (ROOT, "theirs"):  # in fp32
+        row["error"] = largest_error(size, kind, n)
         gc.collect()
-    elif "theirs" in sides:
-        row["against"] = "padded step"
     return row | in_turn(sides, size, kind, n, rounds)
 
 
 def compare_answers(sides: Sides, size: str, at_once: int, rounds: int, prompts: int = 32) -> dict:
-    """at_once: prompts that transformers answers together; ours answers all of them together."""
+    """at_once: prompts that transformers answers together. This project answers all of them together."""
     row: dict = dict(size=size, work=f"{prompts} answers", against="before")
     if "theirs" in sides:
         llava, work = make_model(SIZES[size][0]), make_work("answers", prompts)
@@ -444,13 +452,13 @@ def compare_loading(sides: Sides, dtype: torch.dtype, rounds: int) -> dict:
                 process = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
                 results[name].append([float(number) for number in process.stdout.split()])
     method = "load_state_dict" if "theirs" in sides else "before"
-    row: dict[str, list] = {name: [seconds for seconds, _ in pairs] for name, pairs in results.items()}
-    row["memory"] = [max(peak for _, peak in pairs) for pairs in results.values()]
-    return dict(size=f"{size / 1e9:.2f} GB", work="loading", against=f"{method}, to {str(dtype)[6:]}") | row
+    row: dict = dict(size=f"{size / 1e9:.2f} GB", work="loading", against=f"{method}, to {str(dtype)[6:]}")
+    row |= {name: [seconds for seconds, _ in pairs] for name, pairs in results.items()}
+    return row | {"memory": [max(peak for _, peak in pairs) for pairs in results.values()]}
 
 
 def per_added_layer(sides: Sides, rows: list[dict], kind: str) -> dict | None:
-    """The difference of the rows with 2 layers and with 1 layer of a 7B; None unless there are both."""
+    """The difference between the rows of a 7B with 2 layers and with 1; None unless both exist."""
     pair = [row for row in rows if row["size"].startswith("7B") and row["work"] == kind]
     if len(pair) < 2:
         return None
@@ -463,7 +471,7 @@ def per_added_layer(sides: Sides, rows: list[dict], kind: str) -> dict | None:
 
 
 def format_row(row: dict, sides: Sequence[str], peak: float) -> str:
-    """One line: medians, ratios, and the share of the machine's best FLOP/s (`peak`) that ours reaches."""
+    """A line with medians, ratios, and the share of the machine's best FLOP/s (`peak`) that this project reaches."""
     ours, other = (statistics.median(row[name]) for name in sides)
     text = f"{row['size']:13} {row['work']:11} {row['against']:28} {ours:8.3f} {other:8.3f} {other / ours:7.2f} x"
     if "memory" in row:
@@ -484,13 +492,12 @@ def heading(sides: Sequence[str]) -> str:
 
 def sides_in(precision: str, before: Path | None) -> Sides:
     suffix = " bf16" if precision == "bf16" else ""
-    if before:
-        return {"ours": (ROOT, f"ours{suffix}"), "before": (before.resolve(), f"ours{suffix}")}
-    return {"ours": (ROOT, f"ours{suffix}"), "theirs": (ROOT, f"theirs{suffix}")}
+    other = {"before": (before.resolve(), f"ours{suffix}")} if before else {"theirs": (ROOT, f"theirs{suffix}")}
+    return {"ours": (ROOT, f"ours{suffix}"), **other}
 
 
 def measure_rows(a: argparse.Namespace, sides: Sides):
-    """Yields the rows one by one."""
+    """Yields each row when it is measured."""
     rows = []
     for size in a.sizes:
         rounds = min(a.rounds, 3) if size.startswith("7B") else a.rounds
@@ -513,12 +520,12 @@ def measure_rows(a: argparse.Namespace, sides: Sides):
 def main():
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("--sizes", nargs="+", choices=SIZES, default=list(SIZES), metavar="SIZE", help="of the LLaMA: "
+    add("--sizes", nargs="+", choices=SIZES, default=list(SIZES), metavar="SIZE", help="sizes of the LLaMA: "
         + "; ".join(SIZES))  # fmt: skip
     add("--work", nargs="+", choices=WORK, default=list(WORK), metavar="WORK", help="what to time: " + "; ".join(WORK))
-    add("--rounds", type=int, default=7, help="turns of each side; times are medians over them")
+    add("--rounds", type=int, default=7, help="turns of each side; a time is the median over them")
     add("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"], help="of both sides; a table for each")
-    add("--before", type=Path, metavar="DIR", help="another checkout of this project, to time instead of transformers")
+    add("--before", type=Path, metavar="DIR", help="time this checkout of the project instead of transformers")
     add("--out", type=Path, default=Path(__file__).parent / "results.json", help="the JSON file to write")
     add("--alone", nargs=6, help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -528,7 +535,7 @@ def main():
         alone(side, size, kind, *map(int, numbers))
         return
     if a.before and not (a.before / "bench/run.py").is_file():
-        raise UserError(f"--before {a.before}: has no bench/run.py; give the root of another checkout")
+        raise UserError(f"--before {a.before}: holds no bench/run.py; give the root of another checkout")
     torch_peak = peak_matmul(torch.matmul)
     speed_up(keep_memory=False)  # F.linear may now be faster than torch.matmul
     peak = max(torch_peak, peak_matmul(F.linear))
