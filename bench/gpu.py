@@ -71,7 +71,7 @@ EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 Rows = Iterator[dict[str, Any]]
 
 
-# --- the GPU, or its absence in a rehearsal
+# --- measuring on the GPU, or without one in a rehearsal
 
 
 def synchronize():
@@ -80,7 +80,7 @@ def synchronize():
 
 
 def seconds_of(function: Callable, *arguments) -> float:
-    """The seconds of a call, until the GPU has done its work."""
+    """The seconds until a call has returned and the GPU has done its work."""
     synchronize()
     began = time.perf_counter()
     function(*arguments)
@@ -198,7 +198,7 @@ def answer(llava: LLaVA, batch: Batch, n: int,
 
 
 def parity() -> Rows:
-    """Compares a small LLaVA on the GPU with fp32 on the CPU. The errors of bf16 on the CPU show those of rounding."""
+    """Compares a small LLaVA on the GPU with fp32 on the CPU. The errors of bf16 on the CPU are those of rounding."""
     torch.set_num_threads(min(8, len(os.sched_getaffinity(0))))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for n_kv_heads in (8, 2):
@@ -485,16 +485,17 @@ def demo() -> Rows:
                    tail=tail(log, 700))  # fmt: skip
 
 
-def runs(seconds: float = 200) -> Rows:
+def runs() -> Rows:
     """Runs many commands at once, each for a few steps, and compares the losses of each training with another's."""
     with tempfile.TemporaryDirectory(prefix="bench-gpu-", ignore_cleanup_errors=True) as folder:
-        yield from runs_in(Path(folder), time.monotonic() + seconds)
+        yield from runs_in(Path(folder), time.monotonic() + 200)  # before the limit of the job
 
 
 def runs_in(folder: Path, deadline: float) -> Rows:
     prepare()
     few = ["--max-steps", 3 if TINY else 12, "--log-every", 1, "--workers", 1]
-    given = [*few, "--llama", LLAMA, "--vision", VISION, "--images", FOLDER / "images", "--data"]
+    backbones = ["--llama", LLAMA, "--vision", VISION]
+    given = [*few, *backbones, "--images", FOLDER / "images", "--data"]
     first = ["train.py", "--stage", 1, *given, FOLDER / "captions.json"]
     second = ["train.py", "--stage", 2, *given, FOLDER / "conversation.json", "--lr", 1e-3]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 1]
@@ -540,8 +541,7 @@ def runs_in(folder: Path, deadline: float) -> Rows:
 
     def quiz():
         out, data = folder / "scienceqa", ["--data", FOLDER / "scienceqa"]
-        start("scienceqa", "train.py", "--stage", 2, "--task", "scienceqa", *few, "--llama", LLAMA, "--vision", VISION,
-              *data, "--out", out)  # fmt: skip
+        start("scienceqa", "train.py", "--stage", 2, "--task", "scienceqa", *few, *backbones, *data, "--out", out)
         start("evaluation", "eval_scienceqa.py", "--model", out, *data, "--split", "val", "--max-new-tokens", 8,
               "--batch-size", 64)  # fmt: skip
         picture = next((FOLDER / "images").glob("test-*.png"))
@@ -562,8 +562,8 @@ def runs_in(folder: Path, deadline: float) -> Rows:
     for pair in (("plain", "again"), ("exact1", "exact2"), ("plain", "resumed")):
         one, other = (folder / name for name in pair)
         llama, W = (equal(one / name, other / name) for name in ("consolidated.00.pth", "projector.pth"))
-        losses = losses_of(one) == losses_of(other)
-        yield dict(what=f"{' and '.join(pair)}: equal bits", weights=llama, W=W, losses=losses)
+        same = losses_of(one) == losses_of(other)
+        yield dict(what=f"{' and '.join(pair)}: equal bits", weights=llama, W=W, losses=same)
     for thread in threads:
         thread.result()  # raises its error
 
@@ -697,7 +697,7 @@ def main():
     add = parser.add_argument
     add("--only", nargs="+", metavar="SECTION", default=sections, help="sections, or names of jobs: " + "; ".join(JOBS))
     add("--tiny", action="store_true", help="a rehearsal at tiny sizes")
-    add("--seconds", type=float, default=360, help="no job starts or continues after this time")
+    add("--seconds", type=float, default=360, help="seconds after which no job starts or continues")
     add("--out", type=Path, default=Path(__file__).parent / "gpu.json", help="the JSON file to write")
     add("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -2,8 +2,9 @@
 
     python bench/growth.py        # prints the speeds; writes bench/growth.json and, with matplotlib, bench/growth.png
 
-The speed is the number of positions of a training step per second, of this project and of `transformers`, in fp32 and
-in bf16, in turn (see run.py). Then train.py runs on the demo, in one process with all cores and in one per core.
+The speed is the number of positions that a training step computes per second. This project and `transformers` take
+turns, in fp32 and in bf16 (see run.py). Then train.py runs on the demo, in one process on all cores and in one process
+on each core.
 """
 
 import json
@@ -25,7 +26,7 @@ STYLES = {"ours, fp32": "C0o--", "theirs, fp32": "C1s--", "ours, bf16": "C0o-", 
 
 
 def positions_per_second(size: str, kind: str, n: int, length: int = 0, rounds: int = 2) -> dict[str, float]:
-    """Of all sides. The system message and the picture of each sample count, whether or not a side computes them."""
+    """The speed of each side. The system message and the picture of each sample count, even where a side skips them."""
     row = in_turn(SIDES, size, kind, n, rounds, length=length)
     samples, _ = make_work(kind, n, length)
     positions = sum(len(ids) for ids, _ in samples)
@@ -33,7 +34,7 @@ def positions_per_second(size: str, kind: str, n: int, length: int = 0, rounds: 
 
 
 def measure_curve(title: str, label: str, points: list[tuple[int, tuple]]) -> dict:
-    """points: each x, and the arguments of `positions_per_second` there. label: what x counts."""
+    """points: each x with the arguments of `positions_per_second`. label: the unit of x."""
     curve: dict = dict(title=title, label=label, x=[], **{name: [] for name in SIDES})
     for x, arguments in points:
         speeds = positions_per_second(*arguments)
