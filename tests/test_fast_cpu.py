@@ -151,14 +151,14 @@ print(resident() - before)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("key_heads", [4, 2])
-def test_short_bf16_attention_that_trains_is_two_products(autocast, key_heads, monkeypatch):
+@pytest.mark.parametrize("key_heads, scale", [(4, None), (2, None), (4, 0.05)])
+def test_short_bf16_attention_that_trains_is_two_products(autocast, key_heads, scale, monkeypatch):
     """Its output and gradients are near those of PyTorch's kernel in fp32, and another kernel is not asked."""
     torch.manual_seed(0)
     exact = [torch.randn(2, heads, 40, 16).bfloat16().float().requires_grad_() for heads in (4, key_heads, key_heads)]
     rounded = [t.detach().bfloat16().requires_grad_() for t in exact]
     dy = torch.randn(2, 4, 40, 16).bfloat16()
-    settings = dict(is_causal=True, enable_gqa=key_heads < 4)
+    settings = dict(is_causal=True, scale=scale, enable_gqa=key_heads < 4)
     expected = TORCH_ATTENTION(*exact, **settings)
     gradients = torch.autograd.grad(expected, exact, dy.float())
     monkeypatch.setattr(fast_cpu, "TORCH_ATTENTION", None)
@@ -169,15 +169,15 @@ def test_short_bf16_attention_that_trains_is_two_products(autocast, key_heads, m
         assert (got - true).norm() < 0.01 * true.norm()
 
 
-@pytest.mark.parametrize("what", ["fp32", "long", "frozen", "no_grad"])
+@pytest.mark.parametrize("what", ["fp32", "long", "frozen", "no_grad", "dropout"])
 def test_other_attention_is_pytorchs(what, monkeypatch):
     torch.manual_seed(0)
     length, dtype = (fast_cpu.SHORT if what == "long" else 40), (torch.float32 if what == "fp32" else torch.bfloat16)
     tensors = [torch.randn(1, 2, length, 16, dtype=dtype, requires_grad=what != "frozen") for _ in range(3)]
     asked = []
-    monkeypatch.setattr(fast_cpu, "TORCH_ATTENTION", lambda q, k, v, *_: asked.append((q, k, v)))
+    monkeypatch.setattr(fast_cpu, "TORCH_ATTENTION", lambda q, k, v, *_, **__: asked.append((q, k, v)))
     with torch.set_grad_enabled(what != "no_grad"):
-        fast_cpu.attention(*tensors, is_causal=True)
+        fast_cpu.attention(*tensors, dropout_p=0.1 if what == "dropout" else 0.0, is_causal=True)
     assert all(a is b for a, b in zip(asked[0], tensors))
 
 

@@ -135,16 +135,19 @@ def suits_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
-              dropout_p: float = 0.0, is_causal: bool = False, **settings) -> torch.Tensor:  # fmt: skip
+              dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+              **settings) -> torch.Tensor:  # fmt: skip
     """Replaces F.scaled_dot_product_attention: query (..., H, T, hd), key and value (..., K, T, hd) -> (..., H, T, hd).
 
     PyTorch's kernel needs no memory for the T x T scores, but its backward pass does not use the units for bf16.
     """
     trains = torch.is_grad_enabled() and query.requires_grad and query.is_cpu and query.dtype == torch.bfloat16
-    if not (trains and is_causal and query.shape[-2] == key.shape[-2] < SHORT):
-        return TORCH_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, **settings)
+    only_causal = is_causal and attn_mask is None and dropout_p == 0
+    if not (trains and only_causal and query.shape[-2] == key.shape[-2] < SHORT):
+        return TORCH_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **settings)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     groups = query.shape[-3] // key.shape[-3]  # query heads of a key head
     key, value = (t.repeat_interleave(groups, -3) if groups > 1 else t for t in (key, value))
     later = torch.full([query.shape[-2]] * 2, -torch.inf, dtype=query.dtype).triu(1)  # (T, T)
-    scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1) + later
+    scores = query * scale @ key.transpose(-2, -1) + later  # (..., H, T, T)
     return scores.softmax(-1) @ value
