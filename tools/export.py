@@ -327,7 +327,7 @@ def start_with(bos: str, bos_id: int) -> dict:
 
 
 def main():
-    parser = ArgumentParser(__doc__)
+    parser = ArgumentParser(__doc__, prog="python -m tools.export")
     parser.add_argument("run", metavar="RUN", help="a finished run of train.py, of either stage")
     parser.add_argument("folder", metavar="FOLDER", help="the folder to write")
     args = parser.parse_args()

@@ -209,7 +209,7 @@ def write_run(llama: LLaMA, W: Projection, layer: int, vision: str | Path, token
 
 
 def main():
-    parser = ArgumentParser(__doc__)
+    parser = ArgumentParser(__doc__, prog="python -m tools.import_llava")
     parser.add_argument("llava", metavar="LLAVA", help="the folder to read")
     parser.add_argument("target", metavar="RUN", help="the directory to write")
     parser.add_argument("--llama-base", metavar="DIR", help="the LLaMA that LLAVA holds deltas over")

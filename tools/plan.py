@@ -25,7 +25,6 @@ RESERVE = 4 * GIB  # the CUDA context, NCCL's buffers, and what the allocator ho
 SMALLEST_MICRO_BATCH = 512  # positions: about one sample with a picture of 256 patches
 GREEN_SHARE = {1: 1 / 8, 2: 1 / 2}  # share of the positions that have logits, by stage; an upper estimate
 ADAMW_STATE = 12  # bytes per trained parameter: the weight and two moments in fp32
-VIT_L = VisionConfig(image_size=224, patch_size=14, width=1024, layers=24)
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def main():
         vision_path = VISION
     folder = args.llama or LLAMA
     llama = checkpoint.llama_config(folder)
-    vision = checkpoint.load_vision(vision_path).config if vision_path else VIT_L
+    vision = checkpoint.load_vision(vision_path).config if vision_path else VisionConfig()
     stages = [args.stage] if args.stage else [1, 2]
     print(table(llama, vision, stages, args.gpus, args.gpu_memory, args.precision, args.micro_batch_tokens))
 
