@@ -116,7 +116,7 @@ def tokenize(sp: SentencePieceProcessor, turns: list[str], n_patches: int = 0,
     Returns ids (T,) int64, with IMAGE_ID at the patches, and green (T,) bool. The first id is BOS, which is not green.
     """
     before, text, spans = render(turns, n_patches > 0, system)
-    ids = [sp.bos_id(), *sp.encode(before), *[IMAGE_ID] * n_patches]
+    ids = [sp.bos_id(), *sp.encode(before), *[IMAGE_ID] * n_patches]  # `encode` puts a space before each text
     # SentencePiece assigns a character spelled in several byte pieces to the last of them; the others have width 0 at
     # its start. The comparison still finds them, because a green span starts with a space.
     pieces = sp.encode(text, return_type="offset_mapping")

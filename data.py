@@ -234,7 +234,8 @@ class Encoder:
         self.system = system_ids(sp)
         fixed = len(self.system) + n_patches
         if max_length is not None and max_length < fixed + 2:  # at least a token of a question and one of an answer
-            raise UserError(f"--max-length {max_length}: the system message and a picture alone take {fixed}")
+            raise UserError(f"--max-length {max_length}: the system message and a picture take {fixed}; give "
+                            f"{fixed + 2} or more")  # fmt: skip
 
     def encode(self, example: Example) -> Sample:
         """Tokenizes an example and reads its picture. Raises ValueError if the picture is absent or damaged.
@@ -297,9 +298,9 @@ class Share:
     micro_batches: list[Batch] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)  # of its samples
     errors: list[str] = field(default_factory=list)  # a line for each sample whose picture cannot be read
-    green: int = 0  # the number of green tokens; below, of positions and of samples cut to the maximum length
-    tokens: int = 0
-    cut: int = 0
+    green: int = 0  # number of green tokens
+    tokens: int = 0  # number of positions, without the system message
+    cut: int = 0  # number of samples cut to the maximum length
     failure: str = ""  # why it could not be computed
 
 

@@ -13,7 +13,7 @@ new token of each prompt per step.
 Parameters have the names of LLaMA's release, so its checkpoints load without renaming.
 
 Shapes: B samples, N positions of the stream, S of them the system message, T of one sample; dim model width, H query
-heads, K key/value heads, hd = dim / H; P patches a picture, D width of the ViT; M positions that predict a green token.
+heads, K key/value heads, hd = dim / H; P patches a picture, D width of the ViT; M positions whose logits are computed.
 """
 
 from collections.abc import Callable, Iterator
@@ -186,8 +186,8 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
 class StreamAttention:
     """Causal attention within each sample of a stream, and to the system message before it.
 
-    Every sample is attended behind its own copy of the message. The copies' outputs are equal; those of the first copy
-    stay, and the others are dropped. Neighbours of equal length are attended together.
+    Each sample is computed behind its own copy of the message. The copies' outputs are equal; those of the first copy
+    stay, and the others are dropped. Neighbours of equal length are computed together.
     """
 
     def __init__(self, borders: list[int]):
@@ -225,6 +225,7 @@ class StreamAttention:
 class KVCache:
     """Keys and values of B growing sequences, each with its own copy of the system message.
 
+    layers: the keys and values of each layer, (B, K, room, hd), whose room for positions grows.
     lengths (B,) int64: how many positions of each row are filled. longest: their maximum, known without asking a GPU.
     """
 
@@ -319,8 +320,9 @@ class LLaVA(nn.Module):
         H_v = self.projector(Z_v)  # (pictures, P, dim)
         x = self.llama.tok_embeddings(ids.clamp(min=0))  # (N, dim)
         H_v, at_patch = H_v.to(x.dtype).flatten(0, 1), ids == IMAGE_ID
-        assert ids.is_cuda or at_patch.sum() == len(H_v), "each patch position needs one feature"  # a GPU would wait
-        places = torch.nonzero_static(at_patch, size=len(H_v)).squeeze(1)  # a given size: no wait for the number
+        # Counting on a GPU would make the host wait: only CPUs check the number, and nonzero_static gets a `size`.
+        assert ids.is_cuda or at_patch.sum() == len(H_v), "each patch position needs one feature"
+        places = torch.nonzero_static(at_patch, size=len(H_v)).squeeze(1)  # (pictures * P,)
         # Without a picture this changes nothing, but W gets a gradient of zeros, which DDP needs.
         return x.index_copy(0, places, H_v)
 

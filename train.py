@@ -212,7 +212,7 @@ def train(args: argparse.Namespace, earlier: dict, rank: int, world_size: int, d
             net.require_backward_grad_sync = i + 1 == n_micro_batches  # DDP averages gradients after the last one only
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 nll = net(*micro_batch.to(device))
-            (nll * world_size / green).backward()  # Eq. 3, a mean over the global batch; DDP divides by world_size
+            (nll * world_size / green).backward()  # Eq. 3, a global mean; DDP and FSDP divide by world_size
             nll_sum += nll.detach()
         grad_norm = distributed.clip_gradients(parameters, MAX_GRAD_NORM)  # waits for the GPU
         loss = float(distributed.exchanged([nll_sum.item()], device).sum()) / green
@@ -343,7 +343,7 @@ class Interrupt:
         self.received = 0  # the number of the signal
         codes = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
         handlers = {code: signal.getsignal(code) for code in codes}
-        # nohup ignores SIGHUP
+        # nohup ignores SIGHUP, which then stays ignored; a script's background job ignores SIGINT, which does not
         self.handlers = {code: old for code, old in handlers.items() if code == signal.SIGINT or old != signal.SIG_IGN}
         for code in self.handlers:
             signal.signal(code, self.request)

@@ -74,7 +74,7 @@ def load_pixels(path: str | Path, size: int) -> torch.Tensor:
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
-    """(B, 3, size, size) uint8 -> float32 of CLIP's mean and deviation."""
+    """(B, 3, size, size) uint8 -> float32, normalised by CLIP's mean and deviation."""
     channels = zip(pixels.unbind(1), MEAN, STD)
     return torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], 1)
 

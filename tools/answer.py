@@ -1,4 +1,4 @@
-"""Answers a file of questions in the format of the original's evaluation, so that any benchmark in it can be run.
+"""Answers a file of questions in the format of the original's evaluation, such as a benchmark.
 
     python chat.py --questions questions.jsonl --images images.zip --answers answers.jsonl
     torchrun --nproc_per_node 8 chat.py --model runs/chat-13b --questions ... --images ... --answers ...
@@ -78,7 +78,7 @@ def earlier_answers(path: Path, questions: list[dict], model_id: str, metadata: 
 
 
 def plain(text) -> str:
-    """What is compared with the question's own answer: no white space around it, no case, no final full stop."""
+    """Reduces an answer to what is compared: without white space around it, case, and a final full stop."""
     return str(text).strip().removesuffix(".").rstrip().casefold()
 
 

@@ -1,4 +1,4 @@
-"""Selects the concept-balanced subset of CC3M (section 4.1) and expands it naively into chat.json, for stage 1.
+"""Selects the concept-balanced subset of CC3M (appendix) and expands it naively into chat.json, for stage 1.
 
     python -m tools.prepare_cc3m --data cc3m --out cc3m-595k                      # a folder that img2dataset wrote
     python -m tools.prepare_cc3m --data Train_GCC-training.tsv --out cc3m-595k    # Google's file; its pictures are
@@ -488,7 +488,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--processes", type=number(1), default=1, help="number of processes that run spaCy")
     add("--at-least", type=number(1), default=3, help="phrases in fewer captions are skipped")
     add("--at-most", type=number(1), default=100, help="captions that are selected for one phrase")
-    add("--seed", type=number(0), default=0, help="of the random selection and of the requests")
+    add("--seed", type=number(0), default=0, help="seed of the random selection and of the requests")
     return parser.parse_args(argv)
 
 
