@@ -1,7 +1,5 @@
-"""Speeds up training and generation on CPUs from outside the model, in four ways.
+"""Speeds up training and generation on CPUs from outside the model, in three ways.
 
-    tiny numbers    The CPU takes numbers below 1e-38 as 0. It computes with them many times as slowly, and the attention
-                    and the gradients of a well-trained model are full of them.
     freed memory    glibc keeps freed memory in the process instead of returning it to the system after each step.
     oneDNN          On AMD processors with AVX-512, oneDNN replaces MKL in `torch.nn.functional.linear` for fp32.
     attention       In training in bf16, short sequences attend by two plain products, whose backward pass is faster.
@@ -34,7 +32,6 @@ def speed_up(keep_memory: bool = True):
 
     keep_memory: False returns freed memory to the system, for models that need nearly all of it.
     """
-    torch.set_flush_denormal(True)  # of this thread and of those that it starts
     if keep_memory:
         keep_freed_memory()
     if prefers_onednn():
