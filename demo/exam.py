@@ -1,7 +1,8 @@
 """The exam of the demo: questions about held-out scenes, the share of right answers, and the tables that report it.
 
-A run of stage 1 captions every held-out scene; a chatbot answers two questions about each. Each is asked before and
-after its training, and then with the pictures swapped: the last row of answers shows how much a model can guess.
+A run of stage 1 captions every held-out scene. A chatbot answers three questions about each, in one conversation that
+holds its own earlier answers. Each is asked before and after its training, and then with the pictures swapped, which
+shows how much a model can guess.
 
     python -m demo.exam               # prints the tables of all finished runs of the demo in runs/
     python -m demo.exam runs/chat     # of one run
@@ -11,7 +12,7 @@ import argparse
 import itertools
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +30,8 @@ from eval_scienceqa import CATEGORIES, ask, categories
 from formats.pictures import Pictures
 from model import LLaVA
 
-QUESTIONS_PER_SCENE = 2  # for the chatbot
-BATCH_SIZE = 32  # questions that the model answers at once
-MAX_NEW_TOKENS = 64  # of an answer
+BATCH_SIZE = 75  # questions that the model answers at once
+MAX_NEW_TOKENS = 80  # of an answer
 MAX_NAMED = 6  # the score tries all pairings of the first things that a caption names, up to this number
 QUIZ_FILES = ("answers_test.json", "answers_test_swapped.json")  # eval_scienceqa.py writes them into a run of the quiz
 COLUMN_WIDTHS = {"size": 6, "colour": 8, "shape": 7, "place": 7, "all": 7}  # of the table about captions
@@ -39,7 +39,7 @@ COLUMN_WIDTHS = {"size": 6, "colour": 8, "shape": 7, "place": 7, "all": 7}  # of
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A scene that no training data shows, with its picture, a true caption, and questions with their answers."""
+    """A scene that no training data shows, with its picture, a true caption, and a conversation."""
 
     image: Path
     scene: Scene
@@ -57,17 +57,31 @@ def read_held_out(folder: Path) -> list[HeldOut]:
     return held_out
 
 
-def exam_prompts(name: str, held_out: list[HeldOut], shift: int = 0) -> list[Example]:
-    """The prompts for a run with this name, "stage1" or "chat".
+def conversations(name: str, held_out: list[HeldOut], shift: int = 0) -> list[tuple[str, list[str]]]:
+    """(picture, questions) of each scene for a run with this name, "stage1" or "chat".
 
     shift: each question shows the picture of the scene that follows `shift` places later; 0 = its own picture.
     """
-    prompts = []
-    for scene, shown in zip(held_out, held_out[shift:] + held_out[:shift]):
-        questions = [REQUESTS[0]] if name == "stage1" else [q for q, _ in scene.questions[:QUESTIONS_PER_SCENE]]
-        image = shown.image.name
-        prompts += [Example(image, [f"{IMAGE}\n{question}"], image) for question in questions]
-    return prompts
+    return [(shown.image.name, [REQUESTS[0]] if name == "stage1" else [question for question, _ in scene.questions])
+            for scene, shown in zip(held_out, held_out[shift:] + held_out[:shift])]  # fmt: skip
+
+
+def answer(model: LLaVA, encoder: Encoder, asked: list[tuple[str, list[str]]], progress: Callable) -> list[str]:
+    """The model's answers, conversation after conversation. Each question comes after the model's own answers.
+
+    asked: (picture, questions) of each conversation, all with the same number of questions. progress: is called with
+    the number of new answers after each batch.
+    """
+    chats = [Example(image, [], image) for image, _ in asked]
+    for turn in range(len(asked[0][1])):
+        for chat, (_, questions) in zip(chats, asked):
+            chat.turns.append(questions[turn] if turn else f"{IMAGE}\n{questions[0]}")
+        for i in range(0, len(chats), BATCH_SIZE):
+            batch = chats[i : i + BATCH_SIZE]
+            for chat, text in zip(batch, ask(model, encoder, batch, MAX_NEW_TOKENS)):
+                chat.turns.append(text)
+            progress(len(batch))
+    return [text for chat in chats for text in chat.turns[1::2]]
 
 
 # --- the score of a caption
@@ -152,10 +166,10 @@ def chat_report(before: list[str], after: list[str], swapped: list[str], held_ou
                 n_samples: int = 6) -> str:  # fmt: skip
     """The table for the chatbot, below a few answers. An answer is right if it equals the true one.
 
-    before, after, swapped: answers to `exam_prompts("chat", held_out)`. The row of chance compares the true answers of
-    different scenes to the same question.
+    before, after, swapped: answers to the conversations of all scenes. The row of chance compares the true answers of
+    different scenes to the same question, so questions that many scenes share dominate it.
     """
-    asked = [(h.image.name, question, truth) for h in held_out for question, truth in h.questions[:QUESTIONS_PER_SCENE]]
+    asked = [(h.image.name, question, truth) for h in held_out for question, truth in h.questions]
     true_answers = {}  # of all scenes, by question
     for h in held_out:
         for question, truth in h.questions:
@@ -170,11 +184,14 @@ def chat_report(before: list[str], after: list[str], swapped: list[str], held_ou
             for name, texts in answers.items()}  # fmt: skip
     rows["chance: other scenes' true answers"] = chance
     lines = []
-    for (image, question, truth), answer in list(zip(asked, after))[:n_samples]:
-        lines.append(f"{image}  {question}\n  truth {truth}  after {answer}")
+    for (image, question, truth), text in list(zip(asked, after))[:n_samples]:
+        lines.append(f"{image}  {question}\n  truth {truth}  after {text}")
     lines += ["", f"% of {len(asked)} questions about held-out scenes right"]
     for name, right in rows.items():
         lines.append(f"  {name:44}{100 * sum(right) / max(1, len(right)):6.1f}")
+    for turn in range(world.QUESTIONS):
+        right = rows["after"][turn :: world.QUESTIONS]
+        lines.append(f"  {f'after, question {turn + 1}':44}{100 * sum(right) / len(right):6.1f}")
     return "\n".join(lines)
 
 
@@ -232,16 +249,14 @@ def finish(args: argparse.Namespace):
     vit = trained.vision.config
     encoder = Encoder(sp, vit.n_patches, vit.image_size, Pictures(world.FOLDER / "images"), args.max_length)
     held_out = read_held_out(world.FOLDER)
-    true = exam_prompts(args.name, held_out)
-    swapped = exam_prompts(args.name, held_out, shift=1)
-    answers = {"name": args.name}
-    with progress_bar(total=3 * len(true), desc="exam", unit="answer") as bar, autocast:
-        for key, model, prompts in (("before", untrained, true), ("after", trained, true),
-                                    ("swapped", trained, swapped)):  # fmt: skip
-            answers[key] = []
-            for i in range(0, len(prompts), BATCH_SIZE):
-                answers[key] += ask(model, encoder, prompts[i : i + BATCH_SIZE], MAX_NEW_TOKENS)
-                bar.update(len(prompts[i : i + BATCH_SIZE]))
+    asked = conversations(args.name, held_out)
+    swapped = conversations(args.name, held_out, shift=1)
+    answers: dict = {"name": args.name}
+    total = 3 * sum(len(questions) for _, questions in asked)
+    with progress_bar(total=total, desc="exam", unit="answer") as bar, autocast:
+        answers["before"] = answer(untrained, encoder, asked, bar.update)
+        answers["after"] = answer(trained, encoder, asked, bar.update)
+        answers["swapped"] = answer(trained, encoder, swapped, bar.update)
     write_json(args.out / "exam.json", answers)
     print("\n" + report(args.out))
 

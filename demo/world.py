@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from PIL import Image, ImageDraw
 
@@ -26,7 +27,7 @@ from common import ArgumentParser, UserError, is_process_0, progress_bar, run_co
 from conversation import IMAGE
 
 # A change of the world or of build.py needs a new RECIPE: the names of the backbones' files contain it.
-RECIPE, SEED = "scenes4", 1
+RECIPE, SEED = "scenes6", 1
 LLAMA = Path(__file__).parent / f"llama-{RECIPE}-seed{SEED}"
 VISION = Path(__file__).parent / f"vit-{RECIPE}-seed{SEED}.pt"
 CHAT = Path(__file__).parent / "chat"  # a chatbot that the demo's commands trained; build.py copies it
@@ -49,12 +50,19 @@ EXAM = {  # what train.py prints after a run, by the run's name; exam.py compute
 SIZES = ("big", "small")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "black")
 SHAPES = ("circle", "square", "triangle", "cross")
-PLACES = ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")
+PLACES = ("top-left", "top", "top-right", "left", "centre", "right", "bottom-left", "bottom", "bottom-right")
 ATTRIBUTES = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "place": PLACES}
-NUMBERS = ("no", "one", "two", "three")
+NUMBERS = ("none", "one", "two", "three")
+KINDS = ("conversation", "detail", "reasoning")  # of turns, and of the chat's data files
+FREQUENCIES = (8, 1, 1)  # of the kinds of turns within a conversation
+# Things that this world does not have.
+ABSENT = ("dog", "cat", "bird", "horse", "car", "bus", "tree", "house", "person", "boat", "ball", "cup", "book",
+          "chair", "flower", "fish", "shoe", "table", "apple", "clock", "bridge", "cloud", "lamp", "train")
+QUESTIONS = 3  # in the conversation about a held-out scene
 
 PIXELS = 48  # of a picture, in each direction
-N_PATCHES = 36  # 6 x 6 of a picture, for the ViT beside this file
+PATCH = 8  # pixels of a patch of the ViT beside this file, in each direction
+N_PATCHES = (PIXELS // PATCH) ** 2
 CELL = PIXELS // 3  # pixels of one of the 3 x 3 places
 OVERSAMPLING = 4  # pictures are drawn larger by this factor, then averaged down for smooth edges
 RADIUS = {"big": 6.8, "small": 4.5}  # pixels
@@ -95,14 +103,15 @@ TEXT_PROBLEMS = {
     "language science": (NAMES, TEXTS, "{0} wrote a {1}.", ("What did {0} write?", "Which text is by {0}?"),
                          "An author writes a text."),
 }  # fmt: skip
-# Problems about general knowledge, by subject: answers by their word, questions, the solution, and the lecture.
+# Problems about general knowledge, by subject: answers by their word, questions, the solution (of the word, the
+# answer, and the answer with its article), and the lecture.
 FACT_PROBLEMS = {
-    "natural science": (CLASSES, ("What kind of animal is the {}?", "To which class belongs the {}?"),
-                        "The {} is of the class {}.", "Animals are sorted into classes."),
+    "natural science": (CLASSES, ("What kind of animal is the {}?", "Which class does the {} belong to?"),
+                        "The {0} is {2}.", "Animals are sorted into classes."),
     "social science": (CAPITALS, ("What is the capital of {}?", "Which city governs {}?"),
                        "The capital of {} is {}.", "The capital is the seat of the government."),
     "language science": (WORDS, ("What kind of word is {}?", "Which part of speech is {}?"),
-                         "The word {} is of the kind {}.", "Words are sorted by what they do."),
+                         "The word {0} is {2}.", "Words are sorted by what they do."),
 }  # fmt: skip
 
 
@@ -121,6 +130,7 @@ class Thing:
         return f"{self.colour} {self.shape}"
 
 
+AnyThing = TypeVar("AnyThing", bound=Thing)  # Thing, or wide.py's
 Scene = tuple[Thing, ...]  # in the order of PLACES; places and names are unique
 
 
@@ -128,7 +138,7 @@ def is_scene(things: Collection[Thing]) -> bool:
     return len({t.place for t in things}) == len({t.name for t in things}) == len(things)
 
 
-def in_order(things: Iterable[Thing]) -> Scene:
+def in_order(things: Iterable[AnyThing]) -> tuple[AnyThing, ...]:
     return tuple(sorted(things, key=lambda t: PLACES.index(t.place)))
 
 
@@ -179,7 +189,18 @@ def draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: floa
         pen.rectangle((x - 0.3 * r, y - r, x + 0.3 * r, y + r), fill)
 
 
-# --- texts about a scene: a caption, and the three types of conversation of section 3. rng chooses the wording.
+# --- texts about a scene: a caption, and three kinds of turns of a conversation (section 3). rng chooses the wording.
+
+
+class Turn(NamedTuple):
+    question: str
+    answer: str
+    it: Thing | None = None  # the thing that "it" means in the next question
+
+
+def a(words: str) -> str:
+    """"red circle" -> "a red circle", "owl" -> "an owl" """
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def enumerate_words(parts: list[str]) -> str:
@@ -195,59 +216,90 @@ def caption(scene: Scene, rng: random.Random) -> str:
     return enumerate_words([f"at the {t.place} a {t.size} {t.name}" for t in scene]) + "."
 
 
-def question_and_answer(scene: Scene, rng: random.Random) -> tuple[str, str]:
+def short_question(scene: Scene, rng: random.Random) -> Turn:
     """A question with one short answer."""
+    frequencies = {"colour or shape": 2, "size": 1, "where": 1, "what": 2, "count": 1, "exists": 2, "absent": 1}
+    (kind,) = rng.choices(list(frequencies), list(frequencies.values()))
     t = rng.choice(scene)
-    kind = rng.choice(("colour", "shape", "size", "where", "what", "what", "count", "exists", "exists"))
-    if kind in ("colour", "shape"):
-        # The question names the thing by its other attribute, which no second thing may share.
-        other = "shape" if kind == "colour" else "colour"
-        values = [getattr(u, other) for u in scene]
-        unique = [u for u in scene if values.count(getattr(u, other)) == 1]
-        if not unique:
-            return question_and_answer(scene, rng)
-        t = rng.choice(unique)
-    if kind == "colour":
-        questions = f"What colour is the {t.shape}?", f"Which colour has the {t.shape}?"
-        answer = f"It is {t.colour}."
-    elif kind == "shape":
-        questions = f"What shape is the {t.colour} thing?", f"Which shape has the {t.colour} thing?"
-        answer = f"It is a {t.shape}."
-    elif kind == "size":
-        questions = f"How big is the {t.name}?", f"Is the {t.name} big or small?"
-        answer = f"It is {t.size}."
-    elif kind == "where":
-        questions = f"Where is the {t.name}?", f"In which place is the {t.name}?"
-        answer = f"It is at the {t.place}."
-    elif kind == "what":
+    if kind == "colour or shape":
+        return attribute_question(scene, rng)
+    if kind == "size":
+        return Turn(rng.choice((f"How big is the {t.name}?", f"Is the {t.name} big or small?")), f"It is {t.size}.", t)
+    if kind == "where":
+        questions = f"Where is the {t.name}?", f"In which part of the picture is the {t.name}?"
+        return Turn(rng.choice(questions), f"It is at the {t.place}.", t)
+    if kind == "what":
         place = t.place if rng.random() < 0.75 else rng.choice(PLACES)
-        questions = f"What is at the {place}?", f"What do you see at the {place}?"
-        found = [u for u in scene if u.place == place]
-        answer = f"A {found[0].size} {found[0].name}." if found else "Nothing is there."
-    elif kind == "count":
-        questions = "How many things are there?", "How many things do you see?"
-        answer = f"There {'is' if len(scene) == 1 else 'are'} {NUMBERS[len(scene)]}."
-    else:
-        name = t.name if rng.random() < 0.5 else f"{rng.choice(COLOURS)} {rng.choice(SHAPES)}"
-        questions = f"Is there a {name}?", f"Do you see a {name}?"
-        exists = any(u.name == name for u in scene)
-        answer = f"Yes, there is a {name}." if exists else f"No, there is no {name}."
-    return rng.choice(questions), answer
+        question = rng.choice((f"What is at the {place}?", f"What do you see at the {place}?"))
+        found = next((u for u in scene if u.place == place), None)
+        return Turn(question, f"A {found.size} {found.name}." if found else "Nothing is there.", found)
+    if kind == "count":
+        question = rng.choice(("How many things are there?", "How many things do you see?"))
+        return Turn(question, f"There {'is' if len(scene) == 1 else 'are'} {NUMBERS[len(scene)]}.")
+    if kind == "exists":
+        name = t.name if rng.random() < 0.5 else absent_name(scene, rng)
+        found = next((u for u in scene if u.name == name), None)
+        question = rng.choice((f"Is there {a(name)}?", f"Do you see {a(name)}?"))
+        return Turn(question, f"Yes, there is {a(name)}." if found else f"No, I see no {name}.", found)
+    name = absent_name(scene, rng)
+    questions = [f"Where is the {name}?", f"How big is the {name}?"]
+    if name in ABSENT:
+        questions.append(f"What {spelling(rng)} is the {name}?")
+    return Turn(rng.choice(questions), f"I see no {name}.")
 
 
-def conversation(scene: Scene, rng: random.Random) -> list[str]:
-    """Up to seven questions, each with its answer; no question twice."""
-    answers = dict(question_and_answer(scene, rng) for _ in range(rng.randint(3, 7)))
-    return [message for turn in answers.items() for message in turn]
+def spelling(rng: random.Random) -> str:
+    return "colour" if rng.random() < 0.75 else "color"
 
 
-def detail(scene: Scene, rng: random.Random) -> list[str]:
-    request = rng.choice(("Describe the picture in detail.", "What can be seen? Tell me everything.",
+def attribute_question(scene: Scene, rng: random.Random) -> Turn:
+    """Asks for the colour of a thing that its shape identifies, or the reverse; else draws another short question."""
+    asked, given = rng.choice((("colour", "shape"), ("shape", "colour")))
+    values = [getattr(t, given) for t in scene]
+    unique = [t for t in scene if values.count(getattr(t, given)) == 1]
+    if not unique:
+        return short_question(scene, rng)
+    t = rng.choice(unique)
+    if asked == "colour":
+        questions = f"What {spelling(rng)} is the {t.shape}?", f"What is the {spelling(rng)} of the {t.shape}?"
+        return Turn(rng.choice(questions), f"It is {t.colour}.", t)
+    questions = f"What shape is the {t.colour} thing?", f"What is the shape of the {t.colour} thing?"
+    return Turn(rng.choice(questions), f"It is a {t.shape}.", t)
+
+
+def absent_name(scene: Scene, rng: random.Random) -> str:
+    """What the scene does not show: a thing of the world, or one that the world does not have."""
+    while True:
+        name = rng.choice((f"{rng.choice(COLOURS)} {rng.choice(SHAPES)}", rng.choice(ABSENT)))
+        if all(name != t.name for t in scene):
+            return name
+
+
+def follow_up(t: Thing, rng: random.Random) -> Turn:
+    """A question about the thing that the turn before named."""
+    kind = rng.choice(("colour", "shape", "size", "where", "yes or no"))
+    if kind == "yes or no":
+        colour = t.colour if rng.random() < 0.5 else rng.choice(COLOURS)
+        return Turn(f"Is it {colour}?", f"Yes, it is {colour}." if colour == t.colour else f"No, it is {t.colour}.", t)
+    question, answer = {
+        "colour": (f"What {spelling(rng)} is it?", f"It is {t.colour}."),
+        "shape": ("What shape is it?", f"It is a {t.shape}."),
+        "size": (rng.choice(("How big is it?", "Is it big or small?")), f"It is {t.size}."),
+        "where": ("Where is it?", f"It is at the {t.place}."),
+    }[kind]
+    if rng.random() < 0.3:
+        question = f"And {question[0].lower()}{question[1:]}"
+    return Turn(question, answer, t)
+
+
+def detail(scene: Scene, rng: random.Random) -> Turn:
+    request = rng.choice(("Describe the picture in detail.", "What can you see? Tell me everything.",
                           "Give a detailed description of this picture."))  # fmt: skip
-    answer = f"The picture shows {NUMBERS[len(scene)]} {'thing' if len(scene) == 1 else 'things'} on a plain ground."
+    things = f"{NUMBERS[len(scene)]} {'thing' if len(scene) == 1 else 'things'}"
+    answer = f"The picture shows {things} on a plain background."
     for t in scene:
         answer += f" At the {t.place} there is a {t.shape}. It is {t.size} and {t.colour}."
-    return [request, answer]
+    return Turn(request, answer)
 
 
 def nearest_to_sides(scene: Scene) -> list[tuple[str, Thing]]:
@@ -263,7 +315,7 @@ def nearest_to_sides(scene: Scene) -> list[tuple[str, Thing]]:
     return nearest
 
 
-def reasoning(scene: Scene, rng: random.Random) -> list[str]:
+def reasoning(scene: Scene, rng: random.Random) -> Turn:
     """A question, and an answer that lists the facts before its conclusion."""
     nearest = nearest_to_sides(scene)
     sizes = [t.size for t in scene]
@@ -274,28 +326,62 @@ def reasoning(scene: Scene, rng: random.Random) -> list[str]:
     if big == 1 and len(scene) > 1:
         kinds.append("biggest")
     kind = rng.choice(kinds)
+    thing = None
     if kind == "nearest":
         side, thing = rng.choice(nearest)
         questions = (f"Coming from the {side}, which thing would I reach first, and why?",
                      f"Which thing is nearest to the {side} edge, and why?")  # fmt: skip
         facts = enumerate_words([f"the {t.name} is at the {t.place}" for t in scene])
-        conclusion = f"So nearest to the {side} edge is the {thing.name}."
+        conclusion = f"So the {thing.name} is nearest to the {side} edge."
     elif kind == "biggest":
+        thing = scene[sizes.index("big")]
         questions = "Which thing would be the heaviest, and why?", "Which thing is the biggest, and why?"
         facts = enumerate_words([f"the {t.name} is {t.size}" for t in scene])
-        conclusion = f"So it is the {scene[sizes.index('big')].name}."
+        conclusion = f"So it is the {thing.name}."
     else:
-        questions = "Are more things big or small, and why?", "Do big or small things prevail, and why?"
+        questions = "Are more things big or small, and why?", "Are there more big things or small things, and why?"
         facts = f"Big: {NUMBERS[big]}. Small: {NUMBERS[small]}"
-        verdict = "more are big" if big > small else "more are small" if small > big else "they are as many"
+        verdict = "more are big" if big > small else "more are small" if small > big else "there are as many of each"
         conclusion = f"So {verdict}."
-    return [rng.choice(questions), f"{facts[0].upper()}{facts[1:]}. {conclusion}"]
+    return Turn(rng.choice(questions), f"{facts[0].upper()}{facts[1:]}. {conclusion}", thing)
 
 
-def with_picture(turns: list[str], rng: random.Random) -> list[str]:
+def draw_kinds(kind: str, rng: random.Random) -> list[str]:
+    """Draws the kinds of a conversation's turns, `kind` among them: 3 to 5 if it is "conversation", else 1 to 3.
+
+    So a user may ask for a description or a reason at any point of a chat.
+    """
+    others = rng.randint(2, 4) if kind == "conversation" else rng.randint(0, 2)
+    kinds = [kind, *rng.choices(KINDS, FREQUENCIES, k=others)]
+    rng.shuffle(kinds)
+    return kinds
+
+
+def conversation(scene: Scene, kinds: Iterable[str], rng: random.Random) -> list[Turn]:
+    """Draws one turn for each of `kinds`, and omits repetitions.
+
+    If the turn before names a thing, a short question refers to it with probability 1/2.
+    """
+    turns: list[Turn] = []
+    for kind in kinds:
+        it = turns[-1].it if turns else None
+        if kind != "conversation":
+            turn = detail(scene, rng) if kind == "detail" else reasoning(scene, rng)
+        else:
+            turn = follow_up(it, rng) if it and rng.random() < 0.5 else short_question(scene, rng)
+        if turn not in turns:
+            turns.append(turn)
+    return turns
+
+
+def messages_of(turns: Iterable[Turn]) -> list[str]:
+    return [message for turn in turns for message in (turn.question, turn.answer)]
+
+
+def with_picture(messages: list[str], rng: random.Random) -> list[str]:
     """Puts the picture before or after the first question (Eq. 2)."""
-    first = f"{IMAGE}\n{turns[0]}" if rng.random() < 0.5 else f"{turns[0]}\n{IMAGE}"
-    return [first, *turns[1:]]
+    first = f"{IMAGE}\n{messages[0]}" if rng.random() < 0.5 else f"{messages[0]}\n{IMAGE}"
+    return [first, *messages[1:]]
 
 
 # --- the science quiz: problems in the format of ScienceQA's problems.json
@@ -313,7 +399,7 @@ def options(rng: random.Random, right: str, candidates: Iterable[str], most: int
 def picture_problem(subject: str, scene: Scene, rng: random.Random) -> dict:
     t = rng.choice(scene)
     if subject == "natural science":
-        questions = f"What colour is the thing at the {t.place}?", f"Which colour has the thing at the {t.place}?"
+        questions = f"What colour is the thing at the {t.place}?", f"What colour do you see at the {t.place}?"
         right, candidates, lecture = t.colour, COLOURS, "We see things by the light that they reflect."
         solution = f"The {t.shape} at the {t.place} is {t.colour}."
     elif subject == "social science":
@@ -321,7 +407,7 @@ def picture_problem(subject: str, scene: Scene, rng: random.Random) -> dict:
         right, candidates, lecture = t.place, PLACES, "A map shows where things are."
         solution = f"The {t.name} is at the {t.place}."
     else:
-        questions = f"Which word names the thing at the {t.place}?", f"Which noun fits the thing at the {t.place}?"
+        questions = f"Which word names the thing at the {t.place}?", f"Which noun names the thing at the {t.place}?"
         right, candidates, lecture = t.shape, SHAPES, "A noun names a thing."
         solution = f"At the {t.place} there is a {t.shape}."
     question = rng.choice(questions)
@@ -353,7 +439,7 @@ def fact_problem(subject: str, rng: random.Random) -> dict:
     word = rng.choice(list(answers))
     choices, answer = options(rng, answers[word], answers.values())
     question = rng.choice(questions).format(word)
-    solution = solution.format(word, answers[word])
+    solution = solution.format(word, answers[word], a(answers[word]))
     return dict(question=question, choices=choices, answer=answer, hint="", lecture=lecture, solution=solution)
 
 
@@ -382,7 +468,7 @@ def data_of(name: str) -> tuple[list[Path], Path]:
     folder = Path(os.path.relpath(FOLDER))  # shorter to print
     if name == "scienceqa":
         return [folder / "scienceqa"], folder / "scienceqa"
-    files = ["captions"] if name == "stage1" else ["conversation", "detail", "reasoning"]
+    files = ["captions"] if name == "stage1" else KINDS
     return [folder / f"{file}.json" for file in files], folder / "images"
 
 
@@ -391,7 +477,8 @@ def prepare(folder: Path | None = None):
 
         captions.json                  [{"image", "caption"}, ...], for stage 1
         conversation.json, detail.json, reasoning.json     LLaVA JSON about the same pictures, for the chatbot
-        heldout.json                   held-out scenes: [{"image", "scene", "caption", "questions"}, ...]
+        heldout.json                   held-out scenes: [{"image", "scene", "caption", "questions"}, ...]; the questions
+                                       make a conversation
         images/                        train-*.png of the files above, test-*.png of heldout.json
         scienceqa/                     problems.json, pid_splits.json, images/{split}/{id}/image.png
         recipe.json                    the constants that the data depends on
@@ -426,25 +513,24 @@ def prepare(folder: Path | None = None):
 
 
 def write_training_data(folder: Path, rng: random.Random, progress: Callable[[], object]):
-    """CAPTIONED pictures, each with a caption and one conversation of each type."""
-    types = {"conversation": conversation, "detail": detail, "reasoning": reasoning}
-    records = {name: [] for name in ("captions", *types)}
+    """CAPTIONED pictures, each with a caption and one conversation of each kind."""
+    records = {name: [] for name in ("captions", *KINDS)}
     for i in range(CAPTIONED):
         scene, image = draw_scene(rng), f"train-{i:05}.png"
         draw_picture(scene, rng).save(folder / "images" / image)
         records["captions"].append({"image": image, "caption": caption(scene, rng)})
-        for name, converse in types.items():
-            turns = with_picture(converse(scene, rng), rng)
-            roles = ("human", "gpt") * len(turns)
-            messages = [{"from": role, "value": text} for role, text in zip(roles, turns)]
-            records[name].append({"id": f"{name}-{i:05}", "image": image, "conversations": messages})
+        for kind in KINDS:
+            messages = with_picture(messages_of(conversation(scene, draw_kinds(kind, rng), rng)), rng)
+            roles = ("human", "gpt") * len(messages)
+            values = [{"from": role, "value": text} for role, text in zip(roles, messages)]
+            records[kind].append({"id": f"{kind}-{i:05}", "image": image, "conversations": values})
         progress()
     for name, rows in records.items():
         (folder / f"{name}.json").write_text(json.dumps(rows, indent=0), encoding="utf-8")
 
 
 def write_held_out(folder: Path, rng: random.Random, progress: Callable[[], object]):
-    """HELD_OUT different scenes, each with its picture, a caption and up to six questions."""
+    """HELD_OUT different scenes, each with its picture, a caption and a conversation of QUESTIONS turns."""
     scenes = {}  # a dict keeps their order
     while len(scenes) < HELD_OUT:
         scenes[draw_scene(rng, held_out=True)] = None
@@ -452,8 +538,10 @@ def write_held_out(folder: Path, rng: random.Random, progress: Callable[[], obje
     for i, scene in enumerate(scenes):
         image = f"test-{i:05}.png"
         draw_picture(scene, rng).save(folder / "images" / image)
-        answers = dict(question_and_answer(scene, rng) for _ in range(6))
-        questions = [{"question": question, "answer": answer} for question, answer in answers.items()]
+        turns: list[Turn] = []
+        while len(turns) < QUESTIONS:
+            turns = conversation(scene, rng.choices(KINDS, FREQUENCIES, k=QUESTIONS), rng)
+        questions = [{"question": turn.question, "answer": turn.answer} for turn in turns]
         things = [vars(t) for t in scene]
         records.append({"image": image, "scene": things, "caption": caption(scene, rng), "questions": questions})
         progress()

@@ -1,5 +1,6 @@
 """demo/build.py: the recipe still fits the backbones that it made, and they can do what their lessons taught."""
 
+import collections
 import dataclasses
 import random
 
@@ -15,12 +16,12 @@ from common import UserError
 from conversation import IMAGE_ID, answer_text, has_ended, load_tokenizer, system_ids
 from formats.pictures import open_picture
 from formats.tensors import load_weights
-from demo import build, world
+from demo import build, wide, world
 from demo.exam import mean_caption_score
 from eval_scienceqa import ask, letter
 from model import LLaMA, StreamAttention, position_ids
 
-N_PATCHES = build.PATCHES_ACROSS**2
+N_PATCHES = wide.PATCHES_ACROSS**2
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,10 @@ def test_the_llama_knows_letters_and_facts(sp, untrained):
 
 
 def test_single_patches_of_the_vit_tell_what_they_show():
-    assert min(build.probe(world.VISION, n=100).values()) > 0.98
+    shares = build.probe(world.VISION, n=150)
+    least = {"size": 0.98, "colour": 0.98, "shape": 0.98, "place": 0.9, "any size": 0.75, "any colour": 0.9, "any shape": 0.5,
+             "any style": 0.85}  # fmt: skip
+    assert all(shares[attribute] > share for attribute, share in least.items()), shares
 
 
 def test_the_recipe_gives_the_tokenizer_beside_it(tmp_path):
@@ -84,15 +88,33 @@ def test_lessons_ask_for_what_their_text_decides(sp):
             assert ids[:start] == system[:start] and len(green) and green[0] > start
             if lesson.name == "repeat":  # the pair of the piece before and this one stands earlier in the text
                 assert all(ids.index(ids[i]) == ids.index(ids[i - 1]) + 1 for i in green)
-            if lesson.name == "facts":  # the word stands earlier in the text
+            if "facts" in lesson.name:  # the word stands earlier in the text
                 assert all(ids.count(ids[i]) == 2 for i in green)
+
+
+def test_the_lesson_about_scenes_practises_the_ones_before(sp):
+    """Half of the practice texts ask for letters, the other half for facts. In the others, sentences answer questions."""
+    rng, system, counts = random.Random(10), system_ids(sp), collections.Counter()
+    for _ in range(400):
+        text = build.find_things(sp, rng, 0.5)
+        ids, green = text.ids[:, 0].tolist(), text.green
+        if ids[: len(system)] == system:
+            counts["letters"] += 1
+        elif text.weights[:, 1].any():  # a position of several words belongs to a scene
+            counts["scenes"] += 1
+            borders = np.flatnonzero(np.diff(green, prepend=False, append=False)).tolist()
+            for start, end in zip(borders[::2], borders[1::2]):
+                assert sp.decode(ids[:start]).endswith("?") and sp.decode(ids[start:end]).endswith(".")
+        else:
+            counts["facts"] += 1
+    assert 25 < counts["letters"] < 80 and 25 < counts["facts"] < 80 and counts["scenes"] > 250
 
 
 def test_descriptions_name_every_thing_and_take_the_patches_positions(sp):
     rng = random.Random(6)
     for describe in (build.describe_in_words, build.describe_in_mixtures, build.describe_in_sums):
-        for _ in range(50):
-            scene = world.draw_scene(rng)
+        for draw_scene in (world.draw_scene, wide.draw_scene) * 25:
+            scene = draw_scene(rng)
             description = describe(scene, rng)
             words = {word for position in description for word, _ in position}
             assert words >= {t.place for t in scene} and (describe is build.describe_in_mixtures or words >= {t.shape for t in scene})
@@ -139,24 +161,26 @@ def test_the_loss_of_texts_is_that_of_each_text_alone(sp):
     assert loss.item() == pytest.approx(total / importance, rel=0.01) and 0 <= right <= 1  # computed in bf16
 
 
-def test_lessons_and_the_vit_train(sp, monkeypatch):
+def test_lessons_and_the_vit_train(monkeypatch):
     """Two steps change every weight of the LLaMA; the ViT's weights have the names of the file beside the recipe."""
     lesson = dataclasses.replace(build.LESSONS[0], steps=2, batch_size=8)
     monkeypatch.setattr(build, "LESSONS", [lesson])
     before = build.new_llama().state_dict()
-    after = build.train_llama(sp).state_dict()
+    tokenizer = world.LLAMA / "tokenizer.model"
+    after = build.train_llama(tokenizer).state_dict()
     assert before.keys() == after.keys() == checkpoint.load_llama(world.LLAMA).state_dict().keys()
     assert all(not torch.equal(before[name], after[name]) for name in before)
     monkeypatch.setattr(build, "VIT_STEPS", 2)
     monkeypatch.setattr(build, "VIT_BATCH", 16)
-    weights = build.train_vit(sp)
+    monkeypatch.setattr(build, "WIDE_BATCH", 8)
+    weights = build.train_vit(tokenizer)
     assert weights.keys() == load_weights(world.VISION).keys()
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 def test_neighbours_differ_in_one_attribute_of_one_thing():
     rng = random.Random(8)
-    for _ in range(30):
+    for _ in range(40):
         scene = world.draw_scene(rng)
         family = build.neighbours(scene, build.FAMILY, rng)
         assert family[0] == scene and len(set(family)) == build.FAMILY
@@ -167,10 +191,33 @@ def test_neighbours_differ_in_one_attribute_of_one_thing():
             assert sum(vars(old)[name] != vars(new)[name] for name in world.ATTRIBUTES) == 1
 
 
+def test_the_patch_loss_compares_a_patch_with_its_own_thing():
+    """The loss of six pictures is the mean of their own losses: over patches of things, and over all for the pixels."""
+    torch.manual_seed(0)
+    rng, model = random.Random(9), build.Contrast()
+    pictures, shown = zip(*(wide.draw_picture(wide.draw_scene(rng), rng) for _ in range(6)))
+    pixels = build.to_pixels(pictures)
+    patches = torch.randn(6, N_PATCHES, build.VISION_CONFIG.width)
+    by_pixels = (model.pixel_head(patches) - build.coarse_patches(pixels)).square().mean(dim=(1, 2))
+    total, n_patches = 0, 0
+    for i, (s, of_pixels) in enumerate(zip(shown, by_pixels)):
+        one = slice(i, i + 1)
+        of_thing = model.patch_loss(patches[one], pixels[one], shown[one]) - of_pixels
+        total += of_thing * (s.thing >= 0).sum()
+        n_patches += (s.thing >= 0).sum()
+    torch.testing.assert_close(model.patch_loss(patches, pixels, shown), total / n_patches + by_pixels.mean())
+
+
+def test_coarse_patches_are_in_the_order_of_the_vits():
+    pixels = torch.zeros(1, 3, world.PIXELS, world.PIXELS, dtype=torch.uint8)
+    pixels[0, 1, 8:16, 16:24] = 255  # green, in the second row and third column of patches
+    brighter = build.coarse_patches(pixels)[0].unflatten(1, (3, -1)) > 0
+    assert brighter.nonzero()[:, :2].unique(dim=0).tolist() == [[wide.PATCHES_ACROSS + 2, 1]]
+
+
 def test_build_writes_folders_that_load(sp, monkeypatch, tmp_path):
     """With the training replaced by its start: the files, their names and their precision."""
-    monkeypatch.setattr(build, "train_llama", lambda sp: build.new_llama())
-    monkeypatch.setattr(build, "train_vit", lambda sp: load_weights(world.VISION))
+    monkeypatch.setattr(build, "train_both", lambda tokenizer: (build.new_llama(), load_weights(world.VISION)))
     monkeypatch.setattr(build, "probe", lambda path: {"size": 1.0})
     build.build(tmp_path)
     llama, vision = tmp_path / world.LLAMA.name, tmp_path / world.VISION.name

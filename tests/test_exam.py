@@ -68,13 +68,29 @@ def test_captions_are_compared_in_the_pairing_with_the_most_hits():
     assert score == {"size": 1, "colour": 1, "shape": 0.5, "place": 1}
 
 
-def test_prompts_show_the_scene_or_another_one(held_out):
-    for name, count in (("stage1", 1), ("chat", exam.QUESTIONS_PER_SCENE)):
-        true, swapped = exam.exam_prompts(name, held_out), exam.exam_prompts(name, held_out, shift=1)
-        assert len(true) == count * len(held_out)
-        assert [p.turns for p in true] == [p.turns for p in swapped]
-        assert all(a.image != b.image for a, b in zip(true, swapped))
-        assert true[0].image == held_out[0].image.name and true[0].turns[0].startswith("<image>\n")
+def test_conversations_show_the_scene_or_another_one(held_out):
+    for name, count in (("stage1", 1), ("chat", world.QUESTIONS)):
+        true, swapped = exam.conversations(name, held_out), exam.conversations(name, held_out, shift=1)
+        assert len(true) == len(held_out) and {len(questions) for _, questions in true} == {count}
+        assert [questions for _, questions in true] == [questions for _, questions in swapped]
+        assert all(a != b for (a, _), (b, _) in zip(true, swapped))
+        assert true[0][0] == held_out[0].image.name
+
+
+def test_a_question_follows_the_models_own_answers(monkeypatch):
+    asked = []
+
+    def ask(model, encoder, prompts, max_new_tokens):
+        asked.append([(prompt.image, list(prompt.turns)) for prompt in prompts])
+        return [f"{prompt.image} {len(prompt.turns)}" for prompt in prompts]
+
+    monkeypatch.setattr(exam, "ask", ask)
+    monkeypatch.setattr(exam, "BATCH_SIZE", 2)
+    counted = []
+    answers = exam.answer(None, None, [(name, ["One?", "Two?"]) for name in "abc"], counted.append)
+    assert answers == ["a 1", "a 3", "b 1", "b 3", "c 1", "c 3"] and counted == [2, 1, 2, 1]
+    assert asked[0] == [("a", ["<image>\nOne?"]), ("b", ["<image>\nOne?"])]
+    assert asked[3] == [("c", ["<image>\nOne?", "c 1", "Two?"])]
 
 
 def test_the_caption_report_counts_what_is_right(held_out):
@@ -85,16 +101,17 @@ def test_the_caption_report_counts_what_is_right(held_out):
     untrained = re.search(r"\n  W untrained +([\d. ]+)\n", text)[1].split()
     scores = exam.mean_caption_score(captions[1:] + captions[:1], [h.scene for h in held_out])
     assert untrained == [f"{100 * value:.1f}" for value in scores.values()]
-    assert text.startswith(f"test-00000.png\n  truth   {captions[0]}\n  before  {captions[1]}\n  after   {captions[0]}\n")
+    assert text.startswith(f"test-00000.png\n  truth   {captions[0]}\n  before  {captions[1][:100]}\n  after   {captions[0]}\n")
     assert "\n\n% named right, 30 held-out scenes               size  colour  shape  place    all\n" in text
 
 
 def test_the_chat_report_counts_what_is_right(held_out):
-    truths = [answer for h in held_out for _, answer in h.questions[: exam.QUESTIONS_PER_SCENE]]
-    assert len(exam.exam_prompts("chat", held_out)) == len(truths)
-    text = exam.chat_report([""] * len(truths), truths, truths[1:] + truths[:1], held_out)
-    assert re.search(r"\n\n% of 60 questions about held-out scenes right\n  before stage 2 +0.0\n  after +100.0\n", text)
-    assert 0 < float(re.search(r"chance: other scenes' true answers +([\d.]+)$", text)[1]) < 100
+    truths = [answer for h in held_out for _, answer in h.questions]
+    after = ["" if i % world.QUESTIONS == 1 else truth for i, truth in enumerate(truths)]  # each second answer is wrong
+    text = exam.chat_report([""] * len(truths), after, truths[1:] + truths[:1], held_out)
+    assert re.search(r"\n\n% of 90 questions about held-out scenes right\n  before stage 2 +0.0\n  after +66.7\n", text)
+    assert 0 < float(re.search(r"chance: other scenes' true answers +([\d.]+)\n", text)[1]) < 100
+    assert re.findall(r"after, question (\d) +([\d.]+)", text) == [("1", "100.0"), ("2", "0.0"), ("3", "100.0")]
     assert text.startswith(f"test-00000.png  {held_out[0].questions[0][0]}\n  truth {truths[0]}  after {truths[0]}\n")
 
 
@@ -194,16 +211,16 @@ def test_a_chat_is_compared_with_the_run_that_it_started_from(asked, tmp_path, c
         asked.clear()
         args = argparse.Namespace(name="chat", out=tmp_path / "chat", init_from=init_from, seed=seed, max_length=2048)
         exam.finish(args)
-        assert torch.equal(asked[0][0], model.projector.weight) and not asked[1][0].any()
+        assert torch.equal(asked[0][0], model.projector.weight) and not asked[world.QUESTIONS][0].any()  # a call for each question
         answers = json.loads((tmp_path / "chat" / "exam.json").read_text())
-        assert [len(answers[key]) for key in ("before", "after", "swapped")] == [6] * 3
+        assert [len(answers[key]) for key in ("before", "after", "swapped")] == [9] * 3
     assert "after, another scene's picture" in capsys.readouterr().out
 
 
 def test_train_examines_a_run_of_the_demo(asked, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train.signal, "signal", lambda *_: None)  # pytest keeps its own
     flags = ["--max-steps", "1", "--batch-size", "4", "--workers", "0", "--out"]
-    for stage, more, answers in (("1", [], 3), ("2", ["--init-from", str(tmp_path / "1")], 6)):
+    for stage, more, answers in (("1", [], 3), ("2", ["--init-from", str(tmp_path / "1")], 9)):
         monkeypatch.setattr("sys.argv", ["train.py", "--stage", stage, *more, *flags, str(tmp_path / stage)])
         train.main()
         exam_json = json.loads((tmp_path / stage / "exam.json").read_text())

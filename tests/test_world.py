@@ -48,8 +48,7 @@ def test_the_demo_answers_the_questions_that_chat_suggests():
     rng, asked = random.Random(0), set()
     for _ in range(3000):
         scene = world.draw_scene(rng)
-        for converse in (world.conversation, world.detail, world.reasoning):
-            asked |= set(converse(scene, rng)[::2])
+        asked |= {ask(scene, rng).question for ask in (world.short_question, world.detail, world.reasoning)}
     suggested = world.TOPICS["chat"].partition("Ask: ")[2]
     questions = [q.strip() for q in re.split(r"(?<=[?.]) ", suggested)]
     assert len(questions) == 4 and set(questions) <= asked
@@ -79,7 +78,7 @@ def test_shapes_cover_different_areas():
     """Of the same size: a triangle less than a cross, a cross less than a circle and a square."""
     areas = {}
     for shape in world.SHAPES:
-        image = np.asarray(world.draw_picture((world.Thing("big", "black", shape, "center"),), random.Random(2)))
+        image = np.asarray(world.draw_picture((world.Thing("big", "black", shape, "centre"),), random.Random(2)))
         areas[shape] = int((image.max(axis=2) < 120).sum())
     assert 50 < areas["triangle"] < areas["cross"] < min(areas["circle"], areas["square"])
 
@@ -88,25 +87,61 @@ def test_a_question_has_one_answer_in_each_scene():
     rng = random.Random(2)
     for scene in scenes(200):
         answers = {}
-        for _ in range(30):
-            question, answer = world.question_and_answer(scene, rng)
-            assert answers.setdefault(question, answer) == answer
-            question, answer = world.reasoning(scene, rng)
-            assert answers.setdefault(question, answer) == answer
+        for _ in range(40):
+            for turn in (world.short_question(scene, rng), world.reasoning(scene, rng)):
+                assert answers.setdefault(turn.question, turn) == turn
+        for thing in scene:
+            turns = [world.follow_up(thing, rng) for _ in range(20)]
+            assert len({turn.question.removeprefix("And ").lower() for turn in turns}) == len(
+                {(turn.question.removeprefix("And ").lower(), turn.answer) for turn in turns})  # fmt: skip
+
+
+def test_it_is_the_thing_that_the_answer_is_about():
+    scene = (world.Thing("big", "red", "circle", "top"), world.Thing("small", "blue", "cross", "left"))
+    rng = random.Random(4)
+    turns = {turn.question: turn for turn in (world.short_question(scene, rng) for _ in range(3000))}
+    for question, answer, it in (
+        ("What is at the left?", "A small blue cross.", 1), ("What is at the right?", "Nothing is there.", None),
+        ("What colour is the circle?", "It is red.", 0), ("What shape is the blue thing?", "It is a cross.", 1),
+        ("How big is the red circle?", "It is big.", 0), ("How many things are there?", "There are two.", None),
+        ("Is there a blue cross?", "Yes, there is a blue cross.", 1), ("Is there a dog?", "No, I see no dog.", None),
+        ("Is there a red cross?", "No, I see no red cross.", None), ("Where is the dog?", "I see no dog.", None),
+    ):  # fmt: skip
+        assert turns[question] == (question, answer, None if it is None else scene[it])
+    follow_ups = {turn.question: turn.answer for turn in (world.follow_up(scene[1], rng) for _ in range(500))}
+    assert follow_ups["Where is it?"] == follow_ups["And where is it?"] == "It is at the left."
+    assert follow_ups["Is it blue?"] == "Yes, it is blue." and follow_ups["Is it red?"] == "No, it is blue."
+
+
+def test_conversations_mix_kinds_in_any_order():
+    """And a follow-up comes only after a turn about one thing."""
+    rng, orders, referring = random.Random(5), set(), 0
+    requests = {world.detail(scene, rng).question for scene in scenes(50)}
+    for scene in scenes(400):
+        for kind in world.KINDS:
+            kinds = world.draw_kinds(kind, rng)
+            turns = world.conversation(scene, kinds, rng)
+            assert kind in kinds and len(set(turns)) == len(turns)
+            orders |= {(a.question in requests, b.question in requests) for a, b in zip(turns, turns[1:])}
+            for before, turn in zip((world.Turn("", ""), *turns), turns):
+                if "it" in turn.question.rstrip("?").lower().split():
+                    referring += 1
+                    assert before.it is not None and turn.it == before.it
+    assert len(orders) >= 3 and referring > 200
 
 
 def test_reasoning_concludes_what_the_scene_shows():
     scene = (world.Thing("big", "red", "circle", "top"), world.Thing("small", "blue", "cross", "left"))
     rng, answers = random.Random(3), {}
     for _ in range(100):
-        question, answer = world.reasoning(scene, rng)
-        answers[question] = answer
+        turn = world.reasoning(scene, rng)
+        answers[turn.question] = turn.answer
     assert len(answers) == 2 + 2 + 4 * 2
     facts = "The red circle is at the top and the blue cross is at the left. "
-    assert answers["Which thing is nearest to the left edge, and why?"] == f"{facts}So nearest to the left edge is the blue cross."
-    assert answers["Which thing is nearest to the top edge, and why?"] == f"{facts}So nearest to the top edge is the red circle."
+    assert answers["Which thing is nearest to the left edge, and why?"] == f"{facts}So the blue cross is nearest to the left edge."
+    assert answers["Which thing is nearest to the top edge, and why?"] == f"{facts}So the red circle is nearest to the top edge."
     assert answers["Which thing is the biggest, and why?"] == "The red circle is big and the blue cross is small. So it is the red circle."
-    assert answers["Are more things big or small, and why?"] == "Big: one. Small: one. So they are as many."
+    assert answers["Are more things big or small, and why?"] == "Big: one. Small: one. So there are as many of each."
 
 
 def test_the_data_is_what_train_reads(folder):
@@ -132,7 +167,7 @@ def test_the_texts_of_a_recipe_never_change(folder):
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.json")):
         digest.update(path.read_bytes())
-    assert (world.RECIPE, digest.hexdigest()[:16]) == ("scenes4", "3c666c7ce64d65ee")
+    assert (world.RECIPE, digest.hexdigest()[:16]) == ("scenes6", "74fb6d9f744965d0")
 
 
 def test_complete_data_is_not_drawn_again(folder, small):
@@ -203,9 +238,9 @@ def test_begin_completes_the_arguments(name, init_from, starts_from, small, fold
     assert (a.llama, a.vision) == ((None, None) if starts_from else (world.LLAMA, world.VISION))
     assert (a.epochs, a.lr) == (world.SETTINGS[name]["epochs"], 0.5)
     assert a.images.is_dir() and len(data.Examples(a.data)) > 0
-    line, *announced = capsys.readouterr().out.splitlines()
-    assert line.startswith("demo: ") and f"--epochs {a.epochs}" in line and "--lr" not in line
-    assert announced == ([f"demo: after the last step, {world.EXAM[name]}"] if name != "scienceqa" else [])
+    flags, *examined = capsys.readouterr().out.splitlines()
+    assert flags.startswith("demo: ") and f"--epochs {a.epochs}" in flags and "--lr" not in flags
+    assert examined == ([f"demo: after the last step, {world.EXAM[name]}"] if name in world.EXAM else [])
 
 
 def test_begin_prints_on_process_0_only(small, folder, monkeypatch, capsys):
