@@ -5,7 +5,7 @@ look things up there. The ViT learns from the demo's pictures and captions by co
 each patch of other pictures shows. Both see more than the demo's scenes (wide.py), so that they suit other pictures and
 words, too. They train separately, in two processes with one thread each: only stage 1 connects them, by W.
 
-    python -m demo.build                     # replaces the backbones beside this file
+    python -m demo.build                     # replaces the backbones in demo/
     python -m demo.build --out DIR
     python -m demo.build --chat runs/chat    # builds nothing: copies a finished chatbot, and draws a scene to show it
 """

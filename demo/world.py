@@ -493,7 +493,7 @@ def prepare(folder: Path | None = None):
         if drawn.is_file() and drawn.read_text(encoding="utf-8") == recipe:
             return
         if not folder.is_dir() or (any(folder.iterdir()) and not drawn.is_file()):
-            raise UserError(f"{folder}: exists and holds no data of the demo; name a new folder, or remove this one")
+            raise UserError(f"{folder}: exists and holds no data of the demo; name a new folder, or move this one away")
     partial = folder.with_name(folder.name + ".partial")
     rng = random.Random(f"data {SEED}")
     total = CAPTIONED + HELD_OUT + sum(QUIZ.values())
