@@ -113,7 +113,7 @@ def draw_conversation(rng: random.Random, frequencies: dict[str, int]) -> tuple[
     if kind == "wide":
         wide_scene = wide.draw_scene(rng, nouns=0.3)
         if rng.random() < 0.2:
-            record = {"image": "picture.png", "caption": wide.caption(wide_scene, rng)}
+            record = {"image": "picture.png", "caption": world.caption(wide_scene, rng)}
             return from_caption(record, rng).turns, wide_scene
         return world.with_picture(wide.conversation(wide_scene, rng), rng), wide_scene
     scene = draw_scene(rng)

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from demo import world
-from demo.world import ABSENT, CELL, PATCH, PIXELS, PLACES, Thing, a, enumerate_words, in_order, is_scene
+from demo.world import ABSENT, CELL, PATCH, PIXELS, PLACES, Thing, a, in_order, is_scene, shade
 
 SIZES = ("tiny", "small", "big", "huge")
 STYLES = ("filled", "outlined", "striped")
@@ -86,6 +86,10 @@ READ = ("size", "colour", "shape", "style")  # the attributes that a patch of th
 class WideThing(Thing):
     style: str
 
+    @property
+    def description(self) -> str:
+        return f"{self.size} {self.style} {self.name}"
+
 
 WideScene = tuple[WideThing, ...]  # in the order of PLACES; places and names are unique
 
@@ -126,7 +130,7 @@ class Shown(NamedTuple):
 
 def draw_picture(scene: Sequence[WideThing], rng: random.Random) -> tuple[Image.Image, Shown]:
     """An RGB image of PIXELS x PIXELS. Position, radius and shade are random within their words' ranges."""
-    fills = [tuple(min(255, max(0, channel + rng.randint(-18, 18))) for channel in RGB[t.colour]) for t in scene]
+    fills = [shade(RGB[t.colour], 18, rng) for t in scene]
     image = ground(fills, rng)
     thing = np.full(PATCHES_ACROSS**2, -1)
     forms, boxes = np.zeros((len(scene), FORM * FORM), np.float32), np.zeros((len(scene), 3), np.float32)
@@ -163,17 +167,17 @@ def ground(fills: list[tuple[int, ...]], rng: random.Random) -> Image.Image:
     while True:
         if kind == "pale":
             brightness = rng.randint(200, 255)
-            corners = [[min(255, brightness + rng.randint(-8, 8)) for _ in range(3)]] * 4
+            corners = [shade([brightness] * 3, 8, rng)] * 4
         else:
-            corners = [[rng.randint(0, 255) for _ in range(3)]] * 4
+            corners = [tuple(rng.randint(0, 255) for _ in range(3))] * 4
         if kind == "graded":
-            corners = [[min(255, max(0, channel + rng.randint(-60, 60))) for channel in corners[0]] for _ in range(4)]
+            corners = [shade(corners[0], 60, rng) for _ in range(4)]
         if kind == "pale" and any(min(fill) > 200 for fill in fills):
             kind = "any"  # a white thing
         elif all(sum(abs(f - g) for f, g in zip(fill, corner)) > 140 for fill in fills for corner in corners):
             break
     if kind != "graded":
-        return Image.new("RGB", (CANVAS, CANVAS), tuple(corners[0]))
+        return Image.new("RGB", (CANVAS, CANVAS), corners[0])
     four = Image.fromarray(np.array(corners, np.uint8).reshape(2, 2, 3))
     return four.resize((CANVAS, CANVAS), Image.Resampling.BILINEAR)
 
@@ -202,7 +206,7 @@ def draw_lines(shape: str, rng: random.Random) -> list[list[Point]]:
         radii = [rng.uniform(0.35, 1) for _ in range(rng.randint(3, 9))]
         return [[(x * r, y * r) for (x, y), r in zip(regular(len(radii)), radii)]]
     outline = OUTLINES[shape]
-    return [outline, [(RING_HOLE * x, RING_HOLE * y) for x, y in outline]] if shape == "ring" else [outline]
+    return [outline, *moved([outline], 0, 0, RING_HOLE)] if shape == "ring" else [outline]
 
 
 def draw_form(pen: ImageDraw.ImageDraw, shape: str, lines: list[list[Point]], r: float):
@@ -235,14 +239,7 @@ def draw_style(mask: Image.Image, t: WideThing, lines: list[list[Point]], r: flo
         pen.line(ends, fill=0, width=max(2, round(gap * 0.4)))
 
 
-# --- texts, for the LLaMA: a description, and questions with short answers, as in other people's data
-
-
-def caption(scene: WideScene, rng: random.Random) -> str:
-    if rng.random() < 0.5:
-        return enumerate_words([f"a {t.size} {t.style} {t.name} at the {t.place}" for t in scene]) + "."
-    return enumerate_words([f"at the {t.place} a {t.size} {t.style} {t.name}" for t in scene]) + "."
-
+# --- texts, for the LLaMA: questions with short answers, as in other people's data
 
 BRIEFLY = ("Answer the question using a single word or phrase.", "Answer briefly.")
 NUMBER_WORDS = ("zero", "one", "two", "three", "four")
@@ -265,14 +262,13 @@ def conversation(scene: WideScene, rng: random.Random) -> list[str]:
     digits, american, hyphens = rng.random() < 0.4, rng.random() < 0.5, rng.random() < 0.5
     messages: list[str] = []
     for _ in range(rng.randint(1, 5)):
-        asked = draw_question(scene, rng)
+        asked = Asked(*(respelled(text, american, hyphens) for text in draw_question(scene, rng)))
         if asked.question + hint in messages[::2]:
             continue
         word = str(NUMBER_WORDS.index(asked.word)) if digits and asked.word in NUMBER_WORDS else asked.word
-        word = respelled(word, american, hyphens)
         answer = {"word": word, "capital": f"{word[0].upper()}{word[1:]}.", "sentence": asked.sentence}[style]
         messages += [asked.question + hint, answer]
-    return [respelled(message, american, hyphens) for message in messages]
+    return messages
 
 
 def respelled(text: str, american: bool, hyphens: bool) -> str:

@@ -129,6 +129,10 @@ class Thing:
     def name(self) -> str:
         return f"{self.colour} {self.shape}"
 
+    @property
+    def description(self) -> str:
+        return f"{self.size} {self.name}"
+
 
 AnyThing = TypeVar("AnyThing", bound=Thing)  # Thing, or wide.py's
 Scene = tuple[Thing, ...]  # in the order of PLACES; places and names are unique
@@ -164,7 +168,7 @@ def draw_scene(rng: random.Random, held_out: bool = False, counts: Sequence[int]
 def draw_picture(scene: Scene, rng: random.Random) -> Image.Image:
     """An RGB image of PIXELS x PIXELS on a pale ground. Position, radius and shade of each thing vary a little."""
     brightness = rng.randint(215, 250)
-    ground = tuple(brightness + rng.randint(-5, 5) for _ in range(3))
+    ground = shade([brightness] * 3, 5, rng)
     image = Image.new("RGB", (PIXELS * OVERSAMPLING, PIXELS * OVERSAMPLING), ground)
     pen = ImageDraw.Draw(image)
     for thing in scene:
@@ -172,9 +176,13 @@ def draw_picture(scene: Scene, rng: random.Random) -> Image.Image:
         x = OVERSAMPLING * (CELL * column + CELL / 2 + rng.uniform(-1, 1))
         y = OVERSAMPLING * (CELL * row + CELL / 2 + rng.uniform(-1, 1))
         r = OVERSAMPLING * (RADIUS[thing.size] + rng.uniform(-0.3, 0.3))
-        fill = tuple(max(0, min(255, channel + rng.randint(-12, 12))) for channel in RGB[thing.colour])
-        draw_shape(pen, thing.shape, x, y, r, fill)
+        draw_shape(pen, thing.shape, x, y, r, shade(RGB[thing.colour], 12, rng))
     return image.reduce(OVERSAMPLING)
+
+
+def shade(colour: Sequence[int], most: int, rng: random.Random) -> tuple[int, ...]:
+    """A colour like the given one: each channel differs by at most `most`, within 0..255."""
+    return tuple(max(0, min(255, channel + rng.randint(-most, most))) for channel in colour)
 
 
 def draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple[int, ...]):
@@ -212,8 +220,8 @@ def enumerate_words(parts: list[str]) -> str:
 
 def caption(scene: Scene, rng: random.Random) -> str:
     if rng.random() < 0.5:
-        return enumerate_words([f"a {t.size} {t.name} at the {t.place}" for t in scene]) + "."
-    return enumerate_words([f"at the {t.place} a {t.size} {t.name}" for t in scene]) + "."
+        return enumerate_words([f"a {t.description} at the {t.place}" for t in scene]) + "."
+    return enumerate_words([f"at the {t.place} a {t.description}" for t in scene]) + "."
 
 
 def short_question(scene: Scene, rng: random.Random) -> Turn:
@@ -232,7 +240,7 @@ def short_question(scene: Scene, rng: random.Random) -> Turn:
         place = t.place if rng.random() < 0.75 else rng.choice(PLACES)
         question = rng.choice((f"What is at the {place}?", f"What do you see at the {place}?"))
         found = next((u for u in scene if u.place == place), None)
-        return Turn(question, f"A {found.size} {found.name}." if found else "Nothing is there.", found)
+        return Turn(question, f"A {found.description}." if found else "Nothing is there.", found)
     if kind == "count":
         question = rng.choice(("How many things are there?", "How many things do you see?"))
         return Turn(question, f"There {'is' if len(scene) == 1 else 'are'} {NUMBERS[len(scene)]}.")
